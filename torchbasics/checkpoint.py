@@ -1,0 +1,472 @@
+"""Checkpoints that are durable or were never written, verified before torch reads them; and the run directory.
+
+    save_checkpoint({"epoch": 3, "model_state_dict": model.state_dict(), …}, "runs/a/checkpoints/step-00001407.pt")
+    checkpoint = load_checkpoint("runs/a/checkpoints/step-00001407.pt")
+
+Beside each file lies a record, `step-00001407.pt.json`, with its size and SHA-256. The files are ordinary torch files of
+tensors and plain values: `torch.load(path, weights_only=True)` reads them too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+FORMAT = 1
+PLAIN = (str, int, float, bool, type(None))
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that must not be used, or cannot be: says which file, what is wrong, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------- one file, durably
+
+
+class _HashingFile(io.RawIOBase):
+    """Passes on what is written, and knows its size and SHA-256: the record describes what was meant to reach the disk."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.size += len(data)
+        return len(data)
+
+
+def write_durably(path: str | os.PathLike, write: Callable[[BinaryIO], None], before_replace: Callable[[], None] | None = None) -> None:
+    """Lets `write` fill a temporary file, then puts it in the place of `path`: whole, and on the disk, or not at all.
+
+    Temporary file in the same folder → flush → fsync → `before_replace()` → os.replace → fsync of the folder.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if before_replace is not None:
+            before_replace()
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened, and its entries are the system's care
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as JSON to `path`, durably."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_durably(path, lambda file: file.write(text.encode()) and None)
+
+
+# ------------------------------------------------------------------------------------------------- the record of a file
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _record_bytes(entries: list[dict]) -> bytes:
+    """The record's one spelling; it carries its own hash, so that any changed bit of it shows."""
+    body = json.dumps(entries, sort_keys=True)
+    return json.dumps({"files": entries, "sha256": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True).encode()
+
+
+def _read_record(path: Path) -> list[dict]:
+    """The sizes and hashes that `path` may have: one, or two while a file of this name was being replaced."""
+    try:
+        with _open_regular(_record_path(path)) as file:
+            content = file.read(100_000)
+        entries = json.loads(content)["files"]
+        if _record_bytes(entries) != content:
+            raise ValueError("its own hash does not match")
+        return [{"size": int(entry["size"]), "sha256": str(entry["sha256"])} for entry in entries]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: its record {path.name}.json is missing, so its content cannot be checked; "
+                              "use another checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{_record_path(path)}: damaged record ({_first_line(error)}); use another checkpoint") from None
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file only: a pipe would wait for ever, a link could lead anywhere."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+# ------------------------------------------------------------------------------------------------------- save and load
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Saves `checkpoint` (tensors, and plain values in dicts, lists and tuples) as a torch file at `path`, durably.
+
+    When it returns, the file and its record are on the disk; when it raises (OSError: disk full, read-only, …;
+    TypeError: a value that safe loading would refuse), what was there before is still there and loads.
+    """
+    path = Path(path)
+    _check_plain(checkpoint, "checkpoint")
+    entry: dict = {}
+
+    def write(file: BinaryIO) -> None:
+        hashing = _HashingFile(file)
+        try:
+            torch.save(dict(checkpoint), hashing)
+        except RuntimeError as error:  # torch's zip writer hides the OSError of a full disk in a RuntimeError
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        entry.update(size=hashing.size, sha256=hashing.sha256.hexdigest())
+
+    def record_first() -> None:
+        # The record allows the new content and the one it replaces: at whichever instant a kill comes, it is true.
+        # Only what is intact now may stay allowed.
+        entries = [entry]
+        if path.exists() and _record_path(path).exists():
+            with contextlib.suppress(CheckpointError, OSError):
+                entries.append(_verified(path))
+        content = _record_bytes(entries)
+        write_durably(_record_path(path), lambda file: file.write(content) and None)
+
+    write_durably(path, write, before_replace=record_first)
+
+
+def load_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:
+    """Loads what `save_checkpoint` wrote, after its size and SHA-256 were found right, and with `weights_only=True`.
+
+    Raises FileNotFoundError if there is none, CheckpointError if it is damaged, unrecorded or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.exists() and not path.is_symlink():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with _open_regular(path) as file:
+            _check_content(path, file)
+            file.seek(0)
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever torch or the system say of the file: it is not usable
+        raise CheckpointError(f"{path}: unreadable ({_first_line(error)}); use another checkpoint") from error
+    return check_schema(checkpoint, path)
+
+
+def _verified(path: Path) -> dict:
+    with _open_regular(path) as file:
+        return _check_content(path, file)
+
+
+def _check_content(path: Path, file: BinaryIO) -> dict:
+    entries = _read_record(path)
+    size = os.fstat(file.fileno()).st_size
+    if size not in [entry["size"] for entry in entries]:
+        raise CheckpointError(f"{path}: damaged: {size:,} bytes, its record says {entries[0]['size']:,}; use another checkpoint")
+    found = {"size": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)}
+    if found not in entries:
+        raise CheckpointError(f"{path}: damaged: its SHA-256 is not the recorded one; use another checkpoint")
+    return found
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """What `weights_only` loading would refuse is refused before it is written, by name."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, (str, int)):
+                raise TypeError(f"{where}: a key must be a string or an int, got {type(key).__name__}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif not isinstance(value, (torch.Tensor, *PLAIN)):
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
+
+
+SCHEMA: dict[str, type | tuple[type, ...]] = {
+    "format": int, "epoch": int, "step": int, "model_state_dict": dict, "optimizer_state_dict": dict, "loss": (float, type(None)),
+}
+
+
+def check_schema(checkpoint: Any, path: str | os.PathLike) -> dict[str, Any]:
+    """Returns `checkpoint` if it has the keys and types of our format, else raises CheckpointError naming the key."""
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, expected a dict with {', '.join(SCHEMA)}")
+    for key, kind in SCHEMA.items():
+        if key not in checkpoint:
+            raise CheckpointError(f"{path}: the key {key!r} is missing; not a checkpoint of this format")
+        if not isinstance(checkpoint[key], kind):
+            raise CheckpointError(f"{path}: {key!r} is a {type(checkpoint[key]).__name__}; not a checkpoint of this format")
+    if checkpoint["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {checkpoint['format']}, this version of torchbasics reads {FORMAT}; update torchbasics")
+    for name, tensor in checkpoint["model_state_dict"].items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path}: model_state_dict[{name!r}] is a {type(tensor).__name__}, expected a tensor")
+    return checkpoint
+
+
+def bare_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside the wrappers of DataParallel, DistributedDataParallel and torch.compile, at any nesting."""
+    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def bare_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """`model`'s state dict under the names that the plain model has: no `module.`, no `_orig_mod.` of a compiled part."""
+    state = bare_model(model).state_dict()
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+
+
+def load_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str = "checkpoint") -> None:
+    """Loads `state` into `model`; wrappers' prefixes on either side don't matter. ValueError names the first wrong key."""
+    model = bare_model(model)
+    own = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    given = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    while given and given.keys() != own.keys() and all(name.startswith("module.") for name in given):
+        given = {name[len("module."):]: tensor for name, tensor in given.items()}
+    problem = _first_difference(own, given)
+    if problem:
+        raise CheckpointError(f"{where}: of another model: {problem}")
+    with torch.no_grad():
+        for name, tensor in given.items():
+            own[name].copy_(tensor)
+
+
+def _first_difference(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
+    for name, tensor in own.items():
+        if name not in given:
+            return f"{name!r} is missing"
+        if tensor.shape != given[name].shape:
+            return f"{name!r} has shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
+        if tensor.dtype != given[name].dtype:
+            return f"{name!r} is {given[name].dtype}, expected {tensor.dtype}"
+    return next((f"{name!r} is unknown" for name in given if name not in own), "")
+
+
+# ------------------------------------------------------------------------------------------- the checkpoints of one run
+
+
+class CheckpointFolder:
+    """The folder of one run's checkpoints: `step-00000469.pt` …, of which the last `keep` stay, and `best.pt`."""
+
+    NAME = re.compile(r"step-(\d{8,})\.pt")
+
+    def __init__(self, folder: str | os.PathLike, keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.folder, self.keep = Path(folder), keep
+
+    @property
+    def best(self) -> Path:
+        """Where the best checkpoint is or will be."""
+        return self.folder / "best.pt"
+
+    def steps(self) -> list[tuple[int, Path]]:
+        """Steps and paths of what is there, oldest first, by number (never by file time)."""
+        if not self.folder.is_dir():
+            return []
+        found = ((self.NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    def save(self, checkpoint: Mapping[str, Any]) -> Path:
+        """Saves under the checkpoint's step, then removes the oldest beyond `keep`. Returns the path."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{checkpoint['step']:08d}.pt"
+        save_checkpoint(checkpoint, path)
+        self._prune()
+        return path
+
+    def save_best(self, checkpoint: Mapping[str, Any]) -> None:
+        """Saves as `best.pt`; the former one stays until the new one is whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(checkpoint, self.best)
+
+    def _prune(self) -> None:
+        for _, path in self.steps()[: -self.keep]:
+            with contextlib.suppress(OSError):  # a file that cannot be removed costs room, not the run
+                path.unlink()
+                _record_path(path).unlink()
+
+    def latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest intact checkpoint; None if there is none at all.
+
+        A damaged one is reported by a warning and the one before it used. CheckpointError if all are damaged: a run
+        must not silently start again where it had been further.
+        """
+        problems = []
+        for _, path in reversed(self.steps()):
+            try:
+                checkpoint = load_checkpoint(path)
+            except (CheckpointError, OSError) as error:
+                problems.append(_first_line(error))
+                continue
+            for problem in problems:
+                warnings.warn(f"{problem}; going on from {path.name}", stacklevel=2)
+            return path, checkpoint
+        if problems:
+            raise CheckpointError(f"{problems[0]} (none of the {len(problems)} checkpoints in {self.folder} is intact)")
+        return None
+
+
+# -------------------------------------------------------------------------------------------------- the run directory
+
+
+class RunDirectory:
+    """One run's directory: `run.json`, `metrics.jsonl`, `checkpoints/`; held by one process at a time.
+
+    Raises ValueError if it is used already and neither `resume` nor `overwrite` is given, if another process holds it,
+    or if it cannot be written, before anything in it is changed.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.info: dict[str, Any] = {}
+        if resume and not (self.path / "run.json").is_file():
+            raise ValueError(f"{self.path}: nothing to resume here (no run.json); give the directory of an earlier run")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _hold(self.path / ".lock")
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot write there ({error.strerror}); choose another --output") from None
+        try:
+            self._open(resume, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, resume: bool, overwrite: bool) -> None:
+        used = [name for name in ("run.json", "metrics.jsonl", "checkpoints") if (self.path / name).exists()]
+        if resume:
+            self.info = _read_json(self.path / "run.json")
+        elif used and not overwrite:
+            raise ValueError(f"{self.path}: holds an earlier run ({used[0]}); use --resume to continue it, --overwrite to replace it, "
+                             "or another --output")
+        elif used:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Removes what a run writes, by our own names only."""
+        for path in (*self.checkpoints.glob("step-*.pt*"), *self.checkpoints.glob("best.pt*"), self.path / "run.json", self.path / "metrics.jsonl"):
+            path.unlink(missing_ok=True)
+
+    def write_info(self, **more: Any) -> None:
+        """Adds `more` to `run.json`."""
+        self.info.update(more)
+        write_json(self.path / "run.json", self.info)
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Makes `metrics.jsonl` hold exactly `rows`, one line each: as it was saved, whatever a killed run left."""
+        content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+        write_durably(self.path / "metrics.jsonl", lambda file: file.write(content) and None)
+
+    def close(self) -> None:
+        """Lets the directory go."""
+        _let_go(self._lock)
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: unreadable ({_first_line(error)}); cannot resume this run") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object; cannot resume this run")
+    return value
+
+
+_held: dict[str, io.TextIOBase] = {}
+
+
+def _hold(path: Path) -> str:
+    """Takes an exclusive lock on `path`, which dies with this process; ValueError if another has it.
+
+    A record lock (`lockf`): unlike `flock` it is not inherited by forked loader workers that may outlive a killed run.
+    It does not keep out this process itself; `_held` does.
+    """
+    name = str(path.resolve())
+    taken = ValueError(f"{path.parent}: another run is using this directory; wait for it or choose another --output")
+    if name in _held:
+        raise taken
+    handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (stays open as long as the lock is held)
+    try:
+        import fcntl
+
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        _lock_windows(handle, taken)
+    except OSError:
+        handle.close()
+        raise taken from None
+    _held[name] = handle
+    return name
+
+
+def _lock_windows(handle: Any, taken: ValueError) -> None:
+    import msvcrt  # type: ignore[import-not-found,unused-ignore]
+
+    try:
+        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    except OSError:
+        handle.close()
+        raise taken from None
+
+
+def _let_go(name: str) -> None:
+    handle = _held.pop(name, None)
+    if handle is not None:
+        handle.close()
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file such as `metrics.jsonl`."""
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        yield json.loads(line)

@@ -1,0 +1,377 @@
+"""Handwritten digits drawn by the program: a data set that needs no download.
+
+`draw_digits` writes digits the way a hand does. It takes a skeleton (the path of the pen, written down below as a few
+points a stroke), moves every point a little, bends, slants and stretches the whole, follows it with a pen of varying
+width, and then does what was done to make MNIST (LeCun, Cortes, Burges; http://yann.lecun.com/exdb/mnist): fit the ink
+into a box of 20x20 pixels with its aspect ratio kept, and put its centre of mass at the centre of 28x28 pixels.
+No image of a real digit is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["draw_digits"]
+
+SIDE = 28  # pixels, of an image
+BOX = 20  # pixels, of the box that the ink fills
+CHUNK = 500  # images drawn from one generator
+PARTS = 50  # images rendered at a time: few enough that the distances stay in the processor's cache
+POINTS = 96  # pen positions along one digit
+
+# Skeletons. `digit: [(share, [shape, ...]), ...]`. A shape is "x,y x,y ... / x,y ..."; x runs right and y down, 100 is the
+# height of a digit; "/" lifts the pen; "!" marks a corner. All shapes in one list have the same points in the same
+# order, so that anything between two of them is a digit too.
+SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
+    0: [
+        (6, ["40,0 18,10 3,38 5,70 25,97 50,98 70,75 75,45 65,12 42,0",  # closed
+             "30,5 10,22 2,50 6,80 25,98 48,95 65,70 68,35 55,8 30,2",
+             "48,5 25,5 6,30 0,62 15,95 42,98 64,75 72,40 62,14 38,2",  # the end runs over the start
+             "62,8 35,4 10,28 3,62 18,94 45,97 68,74 76,40 70,16 50,14"]),  # starts at the right
+        (1, ["55,10 30,0 5,30 2,65 20,98 48,98 70,70 74,35 62,8 45,4",  # open
+             "30,12 12,25 3,50 8,82 28,98 50,95 66,70 70,40 60,10 40,5"]),
+    ],
+    1: [
+        (9, ["30,0 30,35 30,65 30,100", "28,0 32,35 32,65 28,100", "32,0 28,35 29,65 33,100"]),
+        (1, ["10,22 30,0! 31,50 30,100", "16,12 32,0! 31,50 31,100", "5,30 34,0! 32,50 33,100"]),
+        (0.6, ["10,22 30,0! 31,50 30,100 / 5,98 30,100 58,98", "14,16 32,0! 30,50 30,100 / 10,100 32,99 52,100"]),
+    ],
+    2: [
+        (5, ["6,24 18,5 42,0 60,14 58,36 38,66 4,97! 36,95 72,96",  # a corner at the foot
+             "2,18 22,2 48,3 58,20 50,42 28,70 2,96! 36,96 68,92",
+             "12,30 14,6 40,0 62,12 62,36 40,64 6,94! 38,90 76,98"]),
+        (5, ["6,22 22,3 46,2 58,20 50,48 30,78 10,96 2,86 14,76 38,88 76,94",  # a loop at the foot
+             "10,28 20,4 48,0 64,18 56,48 32,78 10,98 0,88 12,74 40,84 80,90",
+             "2,14 24,2 48,8 54,28 44,54 24,84 6,94 8,86 20,84 42,92 74,86"]),
+        (1.5, ["4,6 22,4 58,4! 48,28 26,66 4,96! 34,95 66,95", "2,10 20,6 54,2! 44,30 24,64 2,94! 34,92 70,90"]),  # Z
+        (2, ["8,30 14,6 40,0 56,16 50,46 32,76 12,88 0,76 8,62 32,72 62,98",  # the tail falls
+             "2,18 18,2 44,6 52,22 44,50 28,80 10,86 6,72 18,64 40,76 60,100",
+             "14,16 20,2 40,0 50,18 42,56 26,88 8,92 2,76 14,66 34,74 50,84"]),
+        (2, ["38,26 14,30 10,10 32,0 54,14 52,40 30,74 10,96 0,84 14,74 42,86 74,92",  # curls at both ends
+             "26,34 8,24 18,4 42,0 60,18 54,46 32,78 8,98 2,86 16,78 44,90 80,84",
+             "30,22 12,34 2,18 20,0 46,6 50,36 34,72 12,92 2,82 12,68 36,80 60,96"]),
+    ],
+    3: [
+        (6, ["5,14 24,1 50,6 54,26 38,42 20,47! 46,50 64,68 54,92 28,100 2,88",
+             "8,10 28,0 52,8 50,28 34,42 22,46! 44,50 58,66 52,88 28,99 4,94",
+             "2,8 26,2 56,8 58,24 42,38 24,44! 52,48 66,66 56,92 30,100 0,92"]),
+        (1.5, ["5,14 24,1 50,6 54,26 40,42 24,50 18,46 44,50 62,66 54,92 28,100 2,88",  # a loop in the middle
+               "6,12 26,0 50,8 50,26 36,44 18,54 16,46 44,48 60,66 50,92 26,100 2,92"]),
+        (1, ["5,4 30,4 60,4! 46,24 28,42! 50,48 64,68 54,92 28,100 2,90",  # flat top
+             "4,6 30,2 58,2! 42,22 26,38! 52,46 62,68 52,94 26,99 4,94"]),
+        (1.5, ["0,10 28,4 54,6! 38,26 20,42! 42,48 50,66 40,86 18,98",  # short below
+               "4,14 22,0 48,6! 36,28 18,46! 42,50 54,68 52,82 44,98",
+               "0,16 16,2 40,0! 36,22 22,40! 36,48 42,66 34,86 16,94"]),
+    ],
+    4: [
+        (5, ["12,2 8,26 6,52! 34,50 74,46 / 60,4 56,50 52,100",  # open
+             "8,6 4,30 4,56! 34,58 66,54 / 54,12 50,52 44,100",
+             "18,0 10,22 2,48! 34,50 70,50 / 58,18 54,56 52,100"]),
+        (3, ["10,4 6,26 4,48! 30,52 52,44 60,4! 56,50 50,100",  # open, one stroke
+             "16,4 8,24 4,46 28,54 50,46 64,8! 58,50 50,98",
+             "6,10 4,30 6,50 28,56 48,48 56,12! 54,56 52,100"]),
+        (2, ["50,0 28,32 4,62! 36,63 78,62 / 52,0 52,50 51,100",  # closed
+             "46,2 22,30 2,54! 36,57 70,54 / 50,2 50,50 48,100"]),
+        (1, ["46,100 48,54 52,2! 28,30 4,58! 34,60 76,56", "50,98 50,54 50,0! 26,26 2,52! 36,56 70,56"]),
+    ],
+    5: [
+        (5, ["64,2 44,4 22,5! 17,24 12,44! 38,40 58,56 56,82 32,100 2,92",
+             "72,0 48,4 28,8! 20,26 12,46! 36,44 52,60 48,84 26,98 0,94",
+             "60,4 40,4 14,4! 14,24 14,44! 42,38 62,58 56,86 32,99 4,88"]),
+        (3, ["18,6 15,24 12,42! 38,38 58,56 56,82 32,100 2,90 / 18,6 40,4 66,2",  # the bar is a stroke of its own
+             "24,10 18,28 12,46! 38,44 54,62 50,86 28,100 0,92 / 26,8 52,4 80,0",
+             "16,6 14,24 14,44! 40,42 60,60 56,84 30,100 4,92 / 24,4 46,0 70,0"]),
+        (2, ["78,2 52,2 34,8 26,26 26,40 46,54 54,70 44,90 24,98 2,92",  # nearly an S
+             "66,4 46,2 26,8 16,24 20,40 42,50 54,68 46,90 24,99 0,90"]),
+    ],
+    6: [
+        (5, ["50,0 28,18 10,48 4,76 18,98 42,97 56,80 48,62 28,62 8,80",
+             "40,0 20,24 8,52 6,78 22,98 44,98 58,76 46,56 24,60 8,78",
+             "62,0 34,22 12,54 4,82 16,99 36,96 46,82 38,68 20,72 6,88",
+             "34,0 16,26 4,56 4,80 20,98 46,98 62,78 52,58 26,58 8,74"]),
+        (2, ["54,2 30,18 12,48 6,78 22,98 46,94 58,74 48,60 32,68 26,80",  # the loop stays open
+             "42,0 22,22 8,52 6,80 24,98 46,96 56,78 46,64 30,66 20,72"]),
+        (3, ["20,0 6,34 2,66 18,94 44,98 66,80 66,54 46,44 26,56 22,84",  # a wide loop
+             "34,0 10,28 0,62 14,92 44,98 72,78 70,54 48,46 30,60 30,88",
+             "12,0 4,30 4,66 22,96 52,96 66,72 60,46 36,42 18,56 10,76"]),
+        (1.5, ["30,0 12,28 4,60 8,86 30,97 54,88 60,70 46,60 30,70 32,92",  # a small loop at the right
+               "44,0 20,28 6,58 4,82 22,92 48,88 66,72 56,62 40,68 34,86"]),
+    ],
+    7: [
+        (5, ["0,8 30,6 62,4! 50,34 36,66 26,100",
+             "2,12 30,6 60,8! 54,34 48,66 44,100",
+             "0,6 34,8 70,2! 50,34 30,66 10,98"]),
+        (2, ["2,24 4,6! 32,6 62,6! 50,36 36,66 26,100", "6,20 8,8! 32,4 60,4! 52,34 42,66 36,100",  # a serif
+             "0,44 10,8! 32,12 60,2! 48,34 38,66 28,100"]),
+        (1.5, ["0,8 30,6 62,4! 50,34 36,66 26,100 / 18,52 42,50 66,48",  # a bar
+               "2,12 30,6 60,8! 54,34 48,66 44,100 / 22,56 44,52 70,50"]),
+        (2, ["0,18 14,4 40,2 58,14 54,44 44,72 36,100", "0,12 20,2 46,4 60,16 52,44 40,72 26,100"]),  # round
+        (0.5, ["0,10 30,4 60,6! 46,34 26,70 24,94 44,98", "2,22 20,6 54,4! 44,40 30,72 32,92 50,92"]),  # a hook at the foot
+    ],
+    8: [
+        (5, ["58,12 36,0 14,12 18,32 42,50 56,74 40,98 14,96 6,78 22,56 48,34 60,14",  # one S-shaped loop
+             "62,20 42,2 18,8 16,30 40,50 50,74 34,98 10,94 6,76 24,54 54,34 66,16",
+             "50,8 30,0 10,14 16,36 40,50 54,72 44,96 20,99 4,80 16,58 42,36 52,12"]),
+        (2, ["36,0 14,10 12,34 34,46 56,34 56,10 36,0 / 34,46 10,62 6,86 32,100 58,86 56,62 36,46",  # two circles
+             "38,2 18,12 16,32 36,44 54,30 54,10 38,2 / 36,46 14,60 8,84 30,100 54,86 54,62 36,48"]),
+        (2, ["38,46 16,32 18,8 40,0 58,14 50,36 26,56 8,78 20,98 44,97 56,78 48,56 30,42",  # begun in the middle
+             "36,48 14,34 14,10 36,0 56,10 54,34 30,54 8,74 14,97 40,99 58,80 50,58 30,46"]),
+        (3, ["56,16 40,2 16,8 10,28 28,46 44,64 40,90 24,100 12,88 20,66 44,40 70,6",  # narrow below, open above
+             "60,10 36,4 14,16 16,36 34,50 40,72 30,96 16,98 12,84 24,64 50,40 76,14",
+             "50,22 34,4 12,10 8,34 28,48 46,66 46,90 26,100 10,86 18,62 38,46 58,30"]),
+        (2, ["36,6 12,4 2,24 18,42 38,58 42,84 28,100 14,88 22,64 44,44 54,22 38,4",  # a large head
+             "44,8 18,0 0,18 10,40 36,52 44,76 34,98 20,94 20,74 40,50 60,26 46,6"]),
+    ],
+    9: [
+        (4, ["54,12 34,0 12,12 6,34 22,48 44,38 56,10! 54,40 50,70 46,100",  # a straight tail
+             "56,10 34,2 10,20 6,42 24,50 46,34 58,8! 52,40 42,70 34,100",
+             "50,16 32,2 14,10 8,30 20,42 40,32 54,10! 50,40 46,70 44,100"]),
+        (2, ["54,12 34,0 12,12 6,34 22,48 44,38 56,10! 58,46 48,86 10,94",  # a curved tail
+             "52,12 32,0 10,14 8,38 26,46 46,32 56,10! 56,50 40,92 14,90"]),
+        (2, ["56,30 48,6 28,0 8,14 6,36 24,48 44,40 56,26 54,44 48,72 40,100",  # round
+             "52,34 50,8 30,0 10,10 6,32 22,46 44,40 56,20 56,46 52,72 50,100"]),
+        (2, ["40,10 22,6 4,22 2,42 18,52 42,38 56,8! 52,40 46,70 42,100",  # the head stays open
+             "50,2 26,8 8,26 4,44 20,50 40,42 54,24! 52,48 46,74 38,100",
+             "36,14 20,12 4,28 6,46 22,54 44,44 54,0! 54,40 52,70 52,100"]),
+        (1.5, ["64,14 42,0 14,10 0,40 10,62 36,54 60,20! 58,48 58,74 66,98",  # a large head
+               "60,8 34,0 8,16 2,46 18,60 42,48 60,12! 56,44 56,72 58,100"]),
+    ],
+}
+
+# Slant of each digit (pixels to the right for each pixel up), and its spread between people.
+SLANT = torch.tensor([0.17, 0.24, 0.12, 0.10, 0.25, 0.16, 0.02, 0.05, 0.12, 0.12])
+SLANT_SPREAD = torch.tensor([0.20, 0.25, 0.28, 0.26, 0.30, 0.30, 0.22, 0.24, 0.24, 0.25])
+
+
+class _Families(NamedTuple):
+    """The skeletons as tensors: F families of at most M shapes of at most K points."""
+
+    share: Tensor  # (10, F) how often a digit is drawn with a family
+    members: Tensor  # (F,) number of shapes
+    shapes: Tensor  # (F, M, K, 2)
+    ways: Tensor  # (3, F, POINTS, K) from points to pen positions: straight, curved with corners, curved everywhere
+    inner: Tensor  # (F, K) the neighbour of a point that ends a stroke; any other point itself
+
+
+def _weights(count: int, corners: list[int], segment: int, t: float) -> Tensor:
+    """Weights (3, count) of a stroke's points at part `t` of a segment: a polyline and two Catmull-Rom splines."""
+    weights = torch.zeros(3, count)
+    weights[0, segment], weights[0, segment + 1] = 1 - t, t
+    t2, t3 = t * t, t * t * t
+    basis = ((-t + 2 * t2 - t3) / 2, (2 - 5 * t2 + 3 * t3) / 2, (t + 4 * t2 - 3 * t3) / 2, (t3 - t2) / 2)
+    for k, value in enumerate(basis):
+        neighbour = min(max(segment - 1 + k, 0), count - 1)
+        weights[2, neighbour] += value
+        if k == 0 and segment in corners:  # a corner hides what lies behind it
+            neighbour = segment
+        if k == 3 and segment + 1 in corners:
+            neighbour = segment + 1
+        weights[1, neighbour] += value
+    return weights
+
+
+def _family(shapes: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """One list of shapes as points (M, K, 2), ways (3, POINTS, K) and inner neighbours (K,)."""
+    strokes = [stroke.split() for stroke in shapes[0].split("/")]
+    points = torch.tensor([[[float(v) for v in word.strip("!").split(",")] for word in shape.replace("/", "").split()]
+                           for shape in shapes]) / 100 - torch.tensor([0.35, 0.5])
+    steps = points.mean(0).diff(dim=0).norm(dim=-1)
+    starts = [sum(map(len, strokes[:i])) for i in range(len(strokes) + 1)]
+    lengths = [float(steps[a : b - 1].sum()) for a, b in zip(starts, starts[1:], strict=False)]
+    ways, inner = torch.zeros(3, POINTS, points.shape[1]), torch.arange(points.shape[1])
+    row = 0
+    for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
+        stop = POINTS if b == starts[-1] else row + round(POINTS * lengths[i] / sum(lengths))
+        travelled = torch.cat([torch.zeros(1), steps[a : b - 1].cumsum(0)])
+        corners = [k for k, word in enumerate(strokes[i]) if word.endswith("!")]
+        for position in torch.linspace(0, lengths[i], stop - row).tolist():
+            segment = min(max(int((travelled <= position).sum()) - 1, 0), b - a - 2)
+            t = (position - float(travelled[segment])) / float(steps[a + segment])
+            ways[:, row, a:b] = _weights(b - a, corners, segment, min(t, 1.0))
+            row += 1
+        inner[a], inner[b - 1] = a + 1, b - 2
+    return points, ways, inner
+
+
+@lru_cache(maxsize=1)
+def _families() -> _Families:
+    """All skeletons, padded to one size."""
+    flat = [(digit, share, *_family(shapes)) for digit, families in SKELETONS.items() for share, shapes in families]
+    members = max(family[2].shape[0] for family in flat)
+    size = max(family[2].shape[1] for family in flat)
+    share = torch.zeros(10, len(flat))
+    shapes = torch.zeros(len(flat), members, size, 2)
+    ways = torch.zeros(3, len(flat), POINTS, size)
+    inner = torch.arange(size).repeat(len(flat), 1)
+    for f, (digit, part, points, way, neighbour) in enumerate(flat):
+        share[digit, f] = part
+        shapes[f, : points.shape[0], : points.shape[1]] = points
+        ways[:, f, :, : points.shape[1]] = way
+        inner[f, : points.shape[1]] = neighbour
+    return _Families(share, torch.tensor([family[2].shape[0] for family in flat]), shapes, ways, inner)
+
+
+class _Noise:
+    """Random numbers of one chunk. Always drawn for a whole chunk, so that a part of it is a prefix of the whole."""
+
+    def __init__(self, seed: int, chunk: int, count: int) -> None:
+        digest = hashlib.sha256(f"torchbasics digits {seed} {chunk}".encode()).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self.count = count
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(CHUNK, *shape, generator=self.generator)[: self.count]
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(CHUNK, *shape, generator=self.generator)[: self.count]
+
+    def balanced_labels(self) -> Tensor:
+        """One random order of the ten digits after another, so that every prefix is balanced."""
+        return torch.rand(CHUNK // 10, 10, generator=self.generator).argsort(-1).view(-1)[: self.count]
+
+
+def _path(labels: Tensor, noise: _Noise) -> Tensor:
+    """Pen positions (B, POINTS, 2) of the digits `labels`, in units of the height."""
+    table = _families()
+    share = table.share[labels].cumsum(-1)
+    family = (share < noise.uniform(1) * share[:, -1:]).sum(-1).clamp(max=share.shape[1] - 1)
+    one, two = ((noise.uniform() * table.members[family]).long() for _ in range(2))
+    mix = noise.uniform(1, 1) * 1.3 - 0.15  # a little beyond both
+    points = torch.lerp(table.shapes[family, one], table.shapes[family, two], mix)  # (B, K, 2)
+    care = (noise.normal(1, 1) * 0.45).exp()  # some people write with more care than others
+    points = points + noise.normal(*points.shape[1:]) * care * 0.028
+    inner = points.gather(1, table.inner[family].unsqueeze(-1).expand_as(points))
+    points = points + (points - inner) * noise.normal(points.shape[1], 1) * 0.18  # strokes end too soon or too late
+    kind = noise.uniform(3, 1, 1) ** 3 * torch.tensor([0.7, 1.0, 0.7]).view(3, 1, 1)
+    kind = kind / kind.sum(1, keepdim=True)
+    way = (table.ways[:, family].transpose(0, 1) * kind).sum(1)  # (B, POINTS, K)
+    return (way.unsqueeze(-1) * points.unsqueeze(1)).sum(2)
+
+
+def _bend(path: Tensor, labels: Tensor, noise: _Noise) -> Tensor:
+    """Deform smoothly, stretch, slant and turn a path (B, POINTS, 2)."""
+    x, y = path.unbind(-1)
+    grow, lean = noise.normal(2, 1).unbind(1)
+    x, y = x * (1 + 0.30 * grow * y), y + 0.20 * lean * (y * y - 0.25)
+    for _ in range(2):
+        wave = noise.normal(2, 2, 1) * 4.0
+        shift = noise.uniform(2, 1) * 2 * math.pi
+        size = noise.normal(2, 1) * 0.028
+        x, y = (x + size[:, 0] * (wave[:, 0, 0] * x + wave[:, 0, 1] * y + shift[:, 0]).sin(),
+                y + size[:, 1] * (wave[:, 1, 0] * x + wave[:, 1, 1] * y + shift[:, 1]).sin())
+    x = x * (noise.normal(1) * 0.23).exp()
+    slant = SLANT[labels].unsqueeze(1) + noise.normal(1) * SLANT_SPREAD[labels].unsqueeze(1)
+    x = x - slant * y
+    angle = noise.normal(1) * 0.08
+    return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], dim=-1)
+
+
+def _pen(noise: _Noise) -> Tensor:
+    """Radius of the pen (B, POINTS) in pixels; 0 where the ink fails."""
+    radius = 1.22 * (noise.normal(1) * 0.24).exp()
+    along = torch.linspace(0, 2 * math.pi, POINTS) * (0.5 + 2 * noise.uniform(1)) + noise.uniform(1) * 2 * math.pi
+    radius = radius * (1 + 0.12 * noise.normal(1) * along.sin()) * (1 + 0.05 * noise.normal(POINTS))
+    start = noise.uniform(1) * POINTS
+    length = (noise.uniform(1) < 0.04) * (1 + noise.uniform(1) * 5)
+    index = torch.arange(POINTS)
+    return radius.clamp(0.45, 3.6).masked_fill((index >= start) & (index < start + length), 0.0)
+
+
+def _fit(path: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale a path so that the ink's longer side fills the box; returns it and the radius, in pixels of the box."""
+    path = path * ((BOX - 2 * radius.mean(-1)) / (path.amax(1) - path.amin(1)).amax(-1))[:, None, None]
+    low, high = ((path + sign * radius.unsqueeze(-1)) for sign in (-1, 1))
+    low, high = low.amin(1), high.amax(1)
+    scale = BOX / (high - low).amax(-1)
+    path = (path - ((low + high) / 2).unsqueeze(1)) * scale[:, None, None] + BOX / 2
+    return path, radius * scale.unsqueeze(-1)
+
+
+def _ink(path: Tensor, radius: Tensor, soft: Tensor) -> Tensor:
+    """Ink (B, BOX, BOX) in [0, 1]: what a disc of `radius` covers as it follows the path."""
+    pixel = torch.arange(BOX) + 0.5
+    across = (pixel[:, None] - path[:, None, :, 0]).square()  # (B, BOX, POINTS)
+    down = (pixel[:, None] - path[:, None, :, 1]).square() - radius.square().unsqueeze(1)
+    power = (across.unsqueeze(1) + down.unsqueeze(2)).amin(-1)  # squared distance minus squared radius
+    mean = radius.mean(-1)[:, None, None]
+    outside = (power + mean.square()).clamp(min=0).sqrt() - mean  # pixels from the edge of the ink
+    return (0.5 - outside / soft[:, None, None]).clamp(0, 1)
+
+
+def _centre(ink: Tensor) -> Tensor:
+    """Put box images (B, BOX, BOX) uint8 into (B, 1, SIDE, SIDE), the centre of mass in the middle."""
+    place = torch.arange(BOX)
+    whole = ink.long()
+    mass = whole.sum((1, 2)).clamp(min=1)
+    half = SIDE / 2 + 0.5  # pixel 14 counted from 0, as in MNIST
+    top = (half - ((whole.sum(2) * (2 * place + 1)).sum(1) / (2 * mass))).round().long().clamp(0, SIDE - BOX)
+    left = (half - ((whole.sum(1) * (2 * place + 1)).sum(1) / (2 * mass))).round().long().clamp(0, SIDE - BOX)
+    images = torch.zeros(len(ink), 1, SIDE, SIDE, dtype=torch.uint8)
+    rows, columns = (top[:, None] + place)[:, :, None], (left[:, None] + place)[:, None, :]
+    images[torch.arange(len(ink))[:, None, None], 0, rows, columns] = ink
+    return images
+
+
+def _draw_chunk(labels: Tensor, noise: _Noise) -> Tensor:
+    """Images (B, 1, SIDE, SIDE) uint8 of at most CHUNK labels."""
+    path = _bend(_path(labels, noise), labels, noise)
+    path, radius = _fit(path, _pen(noise))
+    soft = 1.0 + 0.5 * noise.uniform()
+    parts = zip(path.split(PARTS), radius.split(PARTS), soft.split(PARTS), strict=True)
+    ink = torch.cat([_ink(*part) for part in parts])
+    return _centre((ink * 255).round().to(torch.uint8))
+
+
+def _checked(count: int, seed: int, labels: Tensor | None) -> None:
+    """Raise ValueError for arguments that cannot be drawn."""
+    for name, value in (("count", count), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype.is_complex:
+        raise ValueError(f"labels must be a tensor of integers, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if labels.shape != (count,):
+        raise ValueError(f"labels must have shape ({count},), one digit an image, got {tuple(labels.shape)}")
+    if int(labels.min()) < 0 or int(labels.max()) > 9:
+        raise ValueError(f"labels must lie in 0..9, got {int(labels.min())}..{int(labels.max())}")
+
+
+def draw_digits(count: int, seed: int = 0, *, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Draw `count` handwritten digits in the format of MNIST.
+
+    A pure function of its arguments: global random state is neither read nor changed, and `draw_digits(1000, s)` is the
+    beginning of `draw_digits(5000, s)`. Other seeds give other images.
+
+    Args:
+        count: number of images, at least 1.
+        seed: any integer.
+        labels: digits to draw, integers 0..9 of shape (count,). By default every ten images in a row are the ten
+            digits in a random order.
+
+    Returns:
+        images, uint8 (count, 1, 28, 28), white ink (255) on black (0), and labels, int64 (count,), both on the CPU.
+
+    Raises:
+        ValueError: for a count below 1, or labels of the wrong type, shape or range.
+
+    >>> images, labels = draw_digits(20, seed=1)
+    >>> images.shape, images.dtype, labels.bincount().tolist()
+    (torch.Size([20, 1, 28, 28]), torch.uint8, [2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
+    """
+    _checked(count, seed, labels)
+    images, drawn = [], []
+    for start in range(0, count, CHUNK):
+        noise = _Noise(seed, start // CHUNK, min(CHUNK, count - start))
+        own = noise.balanced_labels() if labels is None else labels[start : start + CHUNK].cpu().long()
+        images.append(_draw_chunk(own, noise))
+        drawn.append(own)
+    return torch.cat(images), torch.cat(drawn)

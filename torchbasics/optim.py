@@ -1,0 +1,125 @@
+"""Optimizers and learning-rate schedules by name. All are torch's own; this chooses their arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
+SCHEDULES = ("constant", "step", "cosine", "onecycle", "plateau")
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+
+
+def make_optimizer(
+    name: str, params: Iterable[torch.nn.Parameter], lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.9
+) -> Optimizer:
+    """Returns torch's optimizer `name` over those of `params` that require gradients.
+
+    The fused implementation is used where the parameters' device has one. `momentum` is for `sgd` (with Nesterov's
+    correction if it is not 0) and `rmsprop`.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+    for what, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{what} must be finite and not negative, got {value}")
+    trainable = [p for p in params if p.requires_grad]
+    if not trainable:
+        raise ValueError("no parameter requires a gradient; unfreeze at least one layer")
+    classes: dict[str, Callable[..., Optimizer]] = {
+        "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD,
+        "rmsprop": torch.optim.RMSprop, "adagrad": torch.optim.Adagrad,
+    }
+    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    if name in ("sgd", "rmsprop"):
+        options["momentum"] = momentum
+    if name == "sgd" and momentum:
+        options["nesterov"] = True
+    if classes[name] in FUSED and _can_fuse(classes[name], trainable):
+        options["fused"] = True
+    return classes[name](trainable, **options)
+
+
+def _can_fuse(optimizer: Callable[..., Optimizer], params: list[torch.nn.Parameter]) -> bool:
+    kinds = {p.device.type for p in params}
+    return kinds == {"cpu"} or (kinds == {"cuda"} and optimizer is not torch.optim.Adagrad)  # fused Adagrad: CPU only
+
+
+def make_schedule(
+    name: str, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0
+) -> LRScheduler | ReduceLROnPlateau | None:
+    """Returns a schedule of the rate over `total_steps` optimizer steps, starting from the optimizer's own rate.
+
+    `constant`; `step`: × 0.1 after each third; `cosine`: down to 0; `onecycle`: up to the rate in the first 30% and
+    down to nearly 0 (Smith and Topin, arXiv:1708.07120; torch's OneCycleLR); `plateau`: × 0.1 after 3 epochs without a lower
+    validation loss, to be stepped once per epoch with that loss; all others once per optimizer step. `warmup_steps`
+    raises the rate linearly from a hundredth first (for `onecycle`: the length of its rise).
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+    if total_steps < 1 or not 0 <= warmup_steps <= total_steps:
+        raise ValueError(f"need total_steps >= 1 and 0 <= warmup_steps <= total_steps, got {total_steps} and {warmup_steps}")
+    if name == "plateau":
+        if warmup_steps:
+            raise ValueError("schedule 'plateau' has no warm-up; choose another schedule or warmup_steps=0")
+        return ReduceLROnPlateau(optimizer, patience=3)
+    if name == "onecycle":
+        return _onecycle(optimizer, total_steps, warmup_steps)
+    if name == "cosine":
+        return warmup_cosine_scheduler(optimizer, warmup_steps, total_steps)
+    if name == "constant":
+        return warmup_lr_scheduler(optimizer, warmup_steps, 0.01) if warmup_steps else None
+    return LambdaLR(optimizer, lambda step: _rise(step, warmup_steps) * 0.1 ** min(3 * step // total_steps, 2))
+
+
+def _onecycle(optimizer: Optimizer, total_steps: int, warmup_steps: int) -> OneCycleLR:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    # cycle_momentum off: the gain is small, and it would overwrite Adam's betas.
+    # One step more than will be taken: torch's counts the first rate as a step and raises after the last.
+    share = warmup_steps / total_steps if warmup_steps else 0.3
+    return OneCycleLR(optimizer, rates, total_steps + 1, pct_start=min(share, 0.99), cycle_momentum=False)
+
+
+def warmup_lr_scheduler(optimizer: Optimizer, warmup_iters: int, warmup_factor: float) -> LRScheduler:
+    """The rate grows linearly from `warmup_factor` times its value to its value in `warmup_iters` steps (LinearLR)."""
+    if warmup_iters < 1 or not 0 < warmup_factor <= 1:
+        raise ValueError(f"need warmup_iters >= 1 and 0 < warmup_factor <= 1, got {warmup_iters} and {warmup_factor}")
+    return LinearLR(optimizer, start_factor=warmup_factor, total_iters=warmup_iters)
+
+
+def warmup_cosine_scheduler(optimizer: Optimizer, warmup_iters: int, total_iters: int, min_factor: float = 0.0) -> LRScheduler:
+    """Linear warm-up from a hundredth of the rate, then half a cosine down to `min_factor` times the rate.
+
+    With t the steps since the warm-up and T its number: min + (1 - min) · (1 + cos(πt/T)) / 2 (SGDR, arXiv:1608.03983).
+    """
+    if not 0 <= warmup_iters <= total_iters or total_iters < 1 or not 0 <= min_factor <= 1:
+        raise ValueError("need 0 <= warmup_iters <= total_iters, total_iters >= 1 and 0 <= min_factor <= 1, "
+                         f"got {warmup_iters}, {total_iters} and {min_factor}")
+
+    def factor(step: int) -> float:
+        if step < warmup_iters:
+            return _rise(step, warmup_iters)
+        done = min((step - warmup_iters) / max(total_iters - warmup_iters, 1), 1.0)
+        return min_factor + (1 - min_factor) * (1 + math.cos(math.pi * done)) / 2
+
+    return LambdaLR(optimizer, factor)
+
+
+def _rise(step: int, warmup_steps: int, start: float = 0.01) -> float:
+    return start + (1 - start) * step / warmup_steps if step < warmup_steps else 1.0
+
+
+def averaged_copy(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """A copy of `model` to hold the exponential moving average of its weights and buffers (torch's AveragedModel).
+
+    Buffers are averaged too, so that BatchNorm's statistics belong to the weights beside them.
+    """
+    if not 0 < decay < 1:
+        raise ValueError(f"the decay of averaged weights must lie between 0 and 1, got {decay}")
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

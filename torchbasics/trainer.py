@@ -1,0 +1,568 @@
+"""Trainer: the loop of train, validate, save and stop, that can be interrupted anywhere and goes on exactly there.
+
+The way of one batch is `Trainer.train_one_epoch` → `_train_window` → `_optimizer_step`, one page further down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
+
+from torchbasics import distributed
+from torchbasics.checkpoint import FORMAT, CheckpointError, CheckpointFolder, bare_model, bare_state_dict, load_weights
+from torchbasics.device import autocast, pick_precision, preserved_random_state, random_state, set_random_state
+
+MONITORS = ("train_loss", "train_acc", "val_loss", "val_acc")
+NAN_POLICIES = ("stop", "skip", "ignore")
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; everything was saved at `checkpoint`. The usual exit code is 128 + `signum`."""
+
+    def __init__(self, signum: int, checkpoint: Path) -> None:
+        super().__init__(f"{signal.Signals(signum).name}: saved {checkpoint}")
+        self.signum, self.checkpoint = signum, checkpoint
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; says where."""
+
+
+class Trainer:
+    """Trains `model` with `optimizer` to lower `criterion(outputs, targets)`, a mean over the samples of a batch.
+
+    A loader is any iterable of `(inputs, targets)`; inputs may be a tensor, or a tuple, list or dict of them.
+
+    Args:
+        device: where to train; the model's own device by default.
+        scheduler: stepped per epoch, or per optimizer step with `scheduler_interval="step"` (the default for OneCycleLR
+            and CyclicLR); ReduceLROnPlateau gets the monitored value.
+        precision: `fp32`, `bf16`, `fp16` (with loss scaling) or `auto`.
+        channels_last: keep images and convolution weights as (N, H, W, C) in memory.
+        compile: True or one of torch.compile's modes.
+        accumulate: number of batches whose gradient makes one step, as if they were one batch.
+        clip_norm, clip_value: bounds of the gradient's total norm and of its entries.
+        averages: an AveragedModel (see `optim.averaged_copy`), updated after each step; it is what is validated and kept as best.
+        nan_policy: what a NaN or infinite loss does: `stop` (raises NonFiniteLoss; on an accelerator up to `log_every`
+            steps late, but before anything is saved), `skip` the step (waits for the device at each step), or `ignore`.
+        early_stopping: called with the monitored value after each epoch; training ends when it answers True.
+        monitor: `val_loss` (default), `val_acc`, `train_loss` or `train_acc`: decides the best epoch, the plateau and the stop.
+        checkpoint_dir: where to save: the state after each epoch, or every `save_every` optimizer steps, of which the last
+            `keep` stay; and `best.pt`. With it SIGINT and SIGTERM save at the next step, then raise Interrupted.
+        metadata: plain values stored in every checkpoint; a checkpoint with others is refused by `resume`.
+        on_step_end, on_epoch_end: functions called with this Trainer.
+
+    Attributes: `history` (a list per name, an entry per epoch), `epoch` (epochs done), `step` (optimizer steps done),
+    `batch` (batches done in this epoch), `skipped` (steps not taken), `best_score`, `best_epoch`, `grad_norm` (if clipped).
+    """
+
+    def __init__(
+        self, model: nn.Module, criterion: Callable[[Any, Tensor], Tensor], optimizer: Optimizer,
+        device: torch.device | str | None = None, scheduler: LRScheduler | ReduceLROnPlateau | None = None, *,
+        scheduler_interval: str | None = None, precision: str = "fp32", channels_last: bool = False,
+        compile: bool | str = False, accumulate: int = 1, clip_norm: float | None = None, clip_value: float | None = None,
+        averages: AveragedModel | None = None, nan_policy: str = "stop", early_stopping: Any = None, monitor: str = "val_loss",
+        checkpoint_dir: str | os.PathLike | None = None, save_every: int | None = None, keep: int = 3,
+        metadata: dict[str, Any] | None = None, log_every: int = 50,
+        on_step_end: Sequence[Callable[[Trainer], None]] = (), on_epoch_end: Sequence[Callable[[Trainer], None]] = (),
+    ) -> None:
+        _check_options(criterion, scheduler_interval, accumulate, clip_norm, clip_value, nan_policy, monitor, save_every, log_every)
+        self.device = torch.device(device) if device is not None else model_device(model)
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.model = model.to(self.device, memory_format=self.memory_format)
+        self.averages = averages.to(self.device, memory_format=self.memory_format) if averages is not None else None
+        if compile:
+            bare_model(self.model).compile(mode=compile if isinstance(compile, str) else None)
+        self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
+        self.scheduler_interval = scheduler_interval or ("step" if isinstance(scheduler, (OneCycleLR, CyclicLR)) else "epoch")
+        self.precision = pick_precision(precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.accumulate, self.clip_norm, self.clip_value = accumulate, clip_norm, clip_value
+        self.nan_policy, self.early_stopping, self.monitor, self.log_every = nan_policy, early_stopping, monitor, log_every
+        self.checkpoints = CheckpointFolder(checkpoint_dir, keep) if checkpoint_dir is not None else None
+        self.save_every, self.metadata = save_every, metadata or {}
+        self.on_step_end, self.on_epoch_end = tuple(on_step_end), tuple(on_epoch_end)
+
+        self.history: dict[str, list] = {name: [] for name in (*MONITORS, "lr", "step")}
+        self.epoch = self.step = self.batch = self.skipped = 0
+        self.best_score: float | None = None
+        self.best_epoch: int | None = None
+        self.grad_norm: Tensor | None = None
+        self._running = _RunningMeans()
+        self._first_epoch, self._resumed, self._saved_at = 0, False, (-1, -1)
+        self._epoch_start: dict[str, Any] = {}
+        self._signal = 0
+
+    # ------------------------------------------------------------------------------------------- the way of one batch
+
+    def fit(
+        self, train_loader: Iterable, val_loader: Iterable | None = None, num_epochs: int = 10, verbose: bool = True
+    ) -> dict[str, list]:
+        """Trains for `num_epochs` epochs (after `resume`: for what is left of them); returns `history`.
+
+        Raises Interrupted, NonFiniteLoss; OSError if a checkpoint cannot be written (older ones stay).
+        """
+        if not self._resumed:
+            self._first_epoch = self.epoch
+        self._resumed = False
+        with self._signals_noted():
+            while self.epoch < self._first_epoch + num_epochs and not self.stopped_early:
+                train = self._train_epoch(self._batches(train_loader))
+                val = self.validate(self._until_signal(val_loader)) if val_loader is not None else (None, None)
+                self._leave_if_signalled()
+                self._end_epoch(*train, *val)
+                if verbose and distributed.is_main():
+                    print(self._epoch_line(self._first_epoch + num_epochs))
+        if self.checkpoints and self._saved_at != (self.step, self.epoch):
+            self.save()
+        return self.history
+
+    def train_one_epoch(self, loader: Iterable) -> tuple[float, float | None]:
+        """Trains on all of `loader`; returns (mean loss per sample, accuracy between 0 and 1 or None)."""
+        self.batch, self._running = 0, _RunningMeans()
+        return self._train_epoch(iter(loader))
+
+    def _train_epoch(self, batches: Iterator) -> tuple[float, float | None]:
+        self.model.train()
+        while window := list(itertools.islice(batches, self.accumulate)):
+            stepped = self._train_window([self._to_device(batch) for batch in window])
+            self.batch += len(window)
+            if len(self._running.pending) >= self.log_every:
+                self._read_losses()
+            for callback in self.on_step_end:
+                callback(self)
+            if stepped and self.save_every and self.step % self.save_every == 0:
+                self.save()
+            self._leave_if_signalled()
+        self._read_losses()
+        return self._running.means()
+
+    def _train_window(self, window: list[tuple[Any, Tensor]]) -> bool:
+        """One optimizer step with the gradient of the mean loss over all samples of `window`; False if it was skipped."""
+        samples = sum(len(targets) for _, targets in window)
+        losses = []
+        for inputs, targets in window:
+            outputs, loss = self._forward(self.model, inputs, targets)
+            if len(window) > 1:  # micro-batches may be unequal: each counts by its samples
+                self.scaler.scale(loss * (len(targets) / samples)).backward()
+            else:
+                self.scaler.scale(loss).backward()
+            losses.append((loss.detach(), *_correct(outputs, targets), len(targets)))
+        if self._finite_now(losses) and self._optimizer_step():
+            self._running.add(losses)
+            return True
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += 1
+        return False
+
+    def _forward(self, model: nn.Module, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
+        with autocast(self.device, self.precision):
+            outputs = model(inputs)
+        if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
+            outputs = outputs.float()  # losses are sums of exponentials: not in half precision
+        return outputs, self.criterion(outputs, targets)
+
+    def _optimizer_step(self) -> bool:
+        """Unscale → clip → optimizer → schedule → averages. False if the scaler found no finite gradient and skipped."""
+        self.scaler.unscale_(self.optimizer)
+        if self.clip_value is not None:
+            nn.utils.clip_grad_value_(self._trained_parameters(), self.clip_value)
+        if self.clip_norm is not None or self.nan_policy == "skip":
+            self.grad_norm = nn.utils.clip_grad_norm_(self._trained_parameters(), self.clip_norm or math.inf)
+        if self.nan_policy == "skip" and not self.scaler.is_enabled() and not bool(self.grad_norm.isfinite()):  # type: ignore[union-attr]
+            return False
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() < scale:  # it lowers its scale only when it skipped the step
+            return False
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.scheduler is not None and self.scheduler_interval == "step":
+            self.scheduler.step()  # type: ignore[call-arg]
+        if self.averages is not None:
+            self.averages.update_parameters(bare_model(self.model))
+        return True
+
+    def _end_epoch(self, train_loss: float, train_acc: float | None, val_loss: float | None, val_acc: float | None) -> None:
+        """Plateau schedule → early stopping → save → call-backs."""
+        values = dict(zip(MONITORS, (train_loss, train_acc, val_loss, val_acc), strict=True))
+        for name, value in (values | {"lr": self.optimizer.param_groups[0]["lr"], "step": self.step}).items():
+            self.history[name].append(value)
+        score = self._score(values)
+        if self.scheduler is not None and self.scheduler_interval == "epoch":
+            self.scheduler.step(*[score] if isinstance(self.scheduler, ReduceLROnPlateau) else [])
+        if self.early_stopping is not None:
+            self.early_stopping(score)
+        improved = math.isfinite(score) and (
+            self.best_score is None or (score > self.best_score if self.monitor.endswith("acc") else score < self.best_score))
+        if improved:
+            self.best_score, self.best_epoch = score, self.epoch
+        self.epoch, self.batch, self._running = self.epoch + 1, 0, _RunningMeans()
+        if self.checkpoints and distributed.is_main() and improved:
+            self.checkpoints.save_best(self._best_state(values))
+        if self.checkpoints and not self.save_every:
+            self.save()
+        for callback in self.on_epoch_end:
+            callback(self)
+        self._leave_if_signalled()
+
+    def validate(self, loader: Iterable) -> tuple[float, float | None]:
+        """(Mean loss per sample, accuracy or None) of the averaged model if there is one, else of the model.
+
+        Changes no weight, no buffer and no random state.
+        """
+        with preserved_random_state(self.device):
+            return self._evaluate(loader)
+
+    def _evaluate(self, loader: Iterable) -> tuple[float, float | None]:
+        running = _RunningMeans()
+        with _evaluating(self.evaluated_model) as model, torch.inference_mode():
+            for batch in loader:
+                inputs, targets = self._to_device(batch)
+                outputs, loss = self._forward(model, inputs, targets)
+                running.add([(loss, *_correct(outputs, targets), len(targets))])
+        running.read()
+        return running.means()
+
+    def predict(self, loader: Iterable) -> Tensor:
+        """The outputs for all batches of `loader`, (N, …) float32 on the CPU, from the model that `validate` judges."""
+        with preserved_random_state(self.device), _evaluating(self.evaluated_model) as model, torch.inference_mode():
+            outputs = []
+            for batch in loader:
+                inputs = self._to_device(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                with autocast(self.device, self.precision):
+                    outputs.append(model(inputs).float())
+        if not outputs:
+            raise ValueError("the loader gave no batch")
+        return torch.cat(outputs).cpu()
+
+    # ------------------------------------------------------------------------------------------------------- its parts
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The averaged model if there is one, else the model, without wrappers."""
+        return self.averages.module if self.averages is not None else bare_model(self.model)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping has ended the training."""
+        return bool(self.early_stopping is not None and self.early_stopping.early_stop)
+
+    def _score(self, values: dict[str, float | None]) -> float:
+        name = self.monitor if values[self.monitor] is not None or not self.monitor.startswith("val") else "train" + self.monitor[3:]
+        if values[name] is None:
+            raise ValueError(f"monitor={self.monitor!r} has no value: accuracy exists for class targets only; use monitor='val_loss'")
+        return float(values[name])  # type: ignore[arg-type]
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _to_device(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            images = value.dim() == 4 and self.memory_format is torch.channels_last
+            return value.to(self.device, non_blocking=True, memory_format=self.memory_format if images else torch.preserve_format)
+        if isinstance(value, dict):
+            return {key: self._to_device(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return tuple(self._to_device(item) for item in value)
+        return value
+
+    def _finite_now(self, losses: list[tuple]) -> bool:
+        """Looks at the losses at once where that costs nothing (CPU), or where the policy needs it; else later."""
+        if self.nan_policy == "ignore" or (self.nan_policy == "stop" and self.device.type != "cpu"):
+            return True
+        bad = next((value for loss, *_ in losses if not math.isfinite(value := float(loss))), None)
+        if bad is not None and self.nan_policy == "stop":
+            raise self._non_finite(bad, 0)
+        return bad is None
+
+    def _read_losses(self) -> None:
+        """The one transfer from the device: all losses since the last. NaN is found here, before it is saved."""
+        bad = self._running.read()
+        if bad is not None and self.nan_policy == "stop":
+            raise self._non_finite(*bad)
+
+    def _non_finite(self, value: float, batches_ago: int) -> NonFiniteLoss:
+        return NonFiniteLoss(
+            f"the loss is {value} at epoch {self.epoch + 1}, batch {self.batch + 1 - batches_ago}, after {self.step} steps; "
+            "lower the learning rate, clip the gradient (clip_norm=1) or look for bad values in the data")
+
+    def _epoch_line(self, num_epochs: int) -> str:
+        parts = [f"epoch {self.epoch}/{num_epochs}"]
+        for name, value in ((name, self.history[name][-1]) for name in MONITORS):
+            if value is not None:
+                parts.append(f"{name} {value:.2%}" if name.endswith("acc") else f"{name} {value:.4f}")
+        return "  ".join(parts)
+
+    def _batches(self, loader: Iterable) -> Iterator:
+        """An iterator of `loader` at the position (epoch, batch): the start of the epoch, or where a checkpoint was made."""
+        self._read_losses()
+        for part in (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
+            if hasattr(part, "load_state_dict") and part.state_dict().keys() == {"epoch", "batch"}:
+                part.load_state_dict({"epoch": self.epoch, "batch": self.batch})
+                return iter(loader)
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self.epoch)
+        return self._replayed(loader)
+
+    def _replayed(self, loader: Any) -> Iterator:
+        """For loaders that cannot be positioned: from the random state of the epoch's start, pass over what was done."""
+        generator = getattr(loader, "generator", None)
+        if self.batch == 0:
+            self._epoch_start = random_state(self.device)
+            if generator is not None:
+                self._epoch_start["loader"] = generator.get_state()
+            return iter(loader)
+        now = random_state(self.device)
+        set_random_state(self._epoch_start, self.device)
+        if generator is not None:
+            generator.set_state(self._epoch_start["loader"].cpu())
+        batches = iter(loader)
+        for _ in range(self.batch):
+            next(batches)
+        set_random_state(now, self.device)
+        return batches
+
+    # -------------------------------------------------------------------------------------------------- save and resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run depends on, as tensors and plain values; `load_state_dict` goes on from it exactly."""
+        self._read_losses()
+        optional = {
+            "scheduler_state_dict": self.scheduler, "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None,
+            "early_stopping_state_dict": self.early_stopping if hasattr(self.early_stopping, "state_dict") else None,
+        }
+        return {
+            "format": FORMAT, "epoch": self.epoch, "step": self.step, "batch": self.batch, "first_epoch": self._first_epoch,
+            "loss": self._latest_loss(), "skipped": self.skipped, "best_score": self.best_score, "best_epoch": self.best_epoch,
+            "model_state_dict": bare_state_dict(self.model), "optimizer_state_dict": self.optimizer.state_dict(),
+            "averages_state_dict": None if self.averages is None else self.averages.state_dict(),
+            **{key: None if part is None else part.state_dict() for key, part in optional.items()},
+            "history": self.history, "running": self._running.state_dict(), "metadata": self.metadata,
+            "random_state": random_state(self.device), "epoch_start": self._epoch_start,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], where: str = "checkpoint") -> None:
+        """Goes on from `state`. Raises CheckpointError if it belongs to another model, data set or set-up."""
+        for key in self.metadata.keys() | state.get("metadata", {}).keys():
+            if self.metadata.get(key) != state["metadata"].get(key):
+                raise CheckpointError(f"{where}: of another run: {key} is {state['metadata'].get(key)!r} there, {self.metadata.get(key)!r} here")
+        parts = {"scheduler_state_dict": self.scheduler, "averages_state_dict": self.averages,
+                 "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None}
+        for key, part in parts.items():
+            if (part is None) != (state.get(key) is None):
+                raise CheckpointError(f"{where}: {key} is {'missing' if part is not None else 'not used here'}; resume with the same options")
+        load_weights(self.model, state["model_state_dict"], where)
+        try:
+            self.optimizer.load_state_dict(state["optimizer_state_dict"])
+            for key, part in parts.items():  # after the optimizer, whose rate the schedule goes on from
+                if part is not None:
+                    part.load_state_dict(state[key])
+            if state.get("early_stopping_state_dict") and hasattr(self.early_stopping, "load_state_dict"):
+                self.early_stopping.load_state_dict(state["early_stopping_state_dict"])
+            self._running = _RunningMeans(**state["running"])
+            self.history = {name: list(values) for name, values in state["history"].items()}
+            for name in ("epoch", "step", "batch", "skipped", "best_score", "best_epoch"):
+                setattr(self, name, state[name])
+            self._first_epoch, self._epoch_start, self._resumed = state["first_epoch"], state["epoch_start"], True
+            set_random_state(state["random_state"], self.device)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{where}: does not fit this trainer ({type(error).__name__}: {error}); "
+                                  "resume with the same options") from error
+
+    def save(self) -> Path:
+        """Saves the state under its step number in `checkpoint_dir`; returns the path."""
+        if self.checkpoints is None:
+            raise ValueError("Trainer was made without checkpoint_dir; give one to save")
+        state = self.state_dict()
+        self._saved_at = (self.step, self.epoch)
+        return self.checkpoints.save(state)
+
+    def resume(self) -> Path | None:
+        """Goes on from the newest intact checkpoint of `checkpoint_dir`; returns its path, or None if there is none.
+
+        Raises CheckpointError if there are some and none is intact, or if it belongs to something else.
+        """
+        if self.checkpoints is None:
+            raise ValueError("Trainer was made without checkpoint_dir; give one to resume from")
+        found = self.checkpoints.latest()
+        if found is None:
+            return None
+        path, state = found
+        self.load_state_dict(state, where=str(path))
+        self._saved_at = (self.step, self.epoch)
+        return path
+
+    def _latest_loss(self) -> float | None:
+        return next((self.history[name][-1] for name in ("val_loss", "train_loss")
+                     if self.history[name] and self.history[name][-1] is not None), None)
+
+    def _best_state(self, values: dict[str, float | None]) -> dict[str, Any]:
+        """For use, not for resuming: the weights as they were judged. `epoch` counts the epochs done, as everywhere."""
+        return {
+            "format": FORMAT, "epoch": self.epoch, "step": self.step, "loss": self._latest_loss(), "metrics": values,
+            "model_state_dict": bare_state_dict(self.evaluated_model), "optimizer_state_dict": self.optimizer.state_dict(),
+            "metadata": self.metadata,
+        }
+
+    # ---------------------------------------------------------------------------------------------------------- signals
+
+    @contextlib.contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """SIGINT and SIGTERM are only noted, and answered at the next step boundary; a second one ends at once."""
+        if self.checkpoints is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        owner = os.getpid()
+
+        def note(signum: int, frame: object) -> None:
+            if os.getpid() != owner:  # a loader's forked worker: the main process decides when it ends
+                if signum == signal.SIGTERM:
+                    os._exit(128 + signum)
+                return
+            if self._signal:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(owner, signum)
+            self._signal = signum
+
+        self._signal = 0
+        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _until_signal(self, batches: Iterable) -> Iterator:
+        for batch in batches:
+            yield batch
+            if self._signal:
+                return
+
+    def _leave_if_signalled(self) -> None:
+        if self._signal:
+            already = self._saved_at == (self.step, self.epoch) and self.batch == 0
+            assert self.checkpoints is not None
+            path = self.checkpoints.steps()[-1][1] if already else self.save()
+            raise Interrupted(self._signal, path)
+
+
+class _RunningMeans:
+    """Means per sample. What comes from the device waits in `pending`, and is read in one transfer.
+
+    Sums are taken in float64 on the host, batch after batch in their order, so that it doesn't matter when they are read.
+    """
+
+    def __init__(self, loss_sum: float = 0.0, samples: int = 0, correct: int = 0, predictions: int = 0) -> None:
+        self.loss_sum, self.samples, self.correct, self.predictions = loss_sum, samples, correct, predictions
+        self.pending: list[tuple[Tensor, Tensor | None, int, int]] = []
+
+    def add(self, losses: list[tuple[Tensor, Tensor | None, int, int]]) -> None:
+        """Takes per batch (mean loss, number correct or None, number of predictions, number of samples)."""
+        self.pending += losses
+
+    def read(self) -> tuple[float, int] | None:
+        """Adds up what is pending; returns the first non-finite loss and how many batches ago it was, if there was one."""
+        if not self.pending:
+            return None
+        zero = torch.zeros((), device=self.pending[0][0].device)
+        wide = torch.float32 if zero.device.type == "mps" else torch.float64
+        pairs = [torch.stack([loss.to(wide), (zero if correct is None else correct).to(wide)]) for loss, correct, _, _ in self.pending]
+        values = torch.stack(pairs).tolist()
+        bad = next(((loss, len(values) - i) for i, (loss, _) in enumerate(values) if not math.isfinite(loss)), None)
+        for (loss, correct), (_, _, predictions, samples) in zip(values, self.pending, strict=True):
+            self.loss_sum += loss * samples
+            self.correct += int(correct)
+            self.predictions += predictions
+            self.samples += samples
+        self.pending.clear()
+        return bad
+
+    def means(self) -> tuple[float, float | None]:
+        """(Mean loss, accuracy or None); ValueError if there was no sample."""
+        if not self.samples:
+            raise ValueError("no sample was counted: the loader gave no batch, or every step was skipped")
+        return self.loss_sum / self.samples, self.correct / self.predictions if self.predictions else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss_sum": self.loss_sum, "samples": self.samples, "correct": self.correct, "predictions": self.predictions}
+
+
+def _correct(outputs: Any, targets: Tensor) -> tuple[Tensor | None, int]:
+    """Number of right classes, on the device, and of predictions; (None, 0) where targets are not class indices."""
+    classes = isinstance(outputs, Tensor) and not targets.is_floating_point() and outputs.dim() == targets.dim() + 1
+    return ((outputs.detach().argmax(1) == targets).sum(), targets.numel()) if classes else (None, 0)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` in evaluation mode; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_options(criterion: Any, scheduler_interval: str | None, accumulate: int, clip_norm: float | None,
+                   clip_value: float | None, nan_policy: str, monitor: str, save_every: int | None, log_every: int) -> None:
+    if getattr(criterion, "reduction", "mean") != "mean":
+        raise ValueError(f"criterion.reduction must be 'mean', got {criterion.reduction!r}: the Trainer weights by samples itself")
+    for name, value, allowed in (("scheduler_interval", scheduler_interval, (None, "step", "epoch")),
+                                 ("nan_policy", nan_policy, NAN_POLICIES), ("monitor", monitor, MONITORS)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    for name, number in (("accumulate", accumulate), ("save_every", save_every), ("log_every", log_every)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+        if bound is not None and not (bound > 0 and math.isfinite(bound)):
+            raise ValueError(f"{name} must be positive and finite, got {bound}")
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU if it has none."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def evaluate(
+    model: nn.Module, loader: Iterable, criterion: Callable, device: torch.device | str | None = None, *, precision: str = "fp32"
+) -> tuple[float, float | None]:
+    """(Mean loss per sample, accuracy between 0 and 1, or None where targets are not classes) of `model` on `loader`."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))])  # a Trainer wants one; it never steps
+    return Trainer(model, criterion, optimizer, device, precision=precision).validate(loader)
+
+
+def compute_accuracy(model: nn.Module, loader: Iterable, device: torch.device | str | None = None) -> float:
+    """The share of samples of `loader` whose class `model` gets right, between 0 and 1."""
+    accuracy = evaluate(model, loader, nn.CrossEntropyLoss(), device)[1]
+    if accuracy is None:
+        raise ValueError("accuracy needs integer class targets and outputs with one score per class")
+    return accuracy
+
+
+def predict(model: nn.Module, image: Tensor, device: torch.device | str | None = None) -> tuple[Any, Any]:
+    """The class and its probability for one image (C, H, W), as (int, float); for a batch (B, C, H, W) as tensors (B,)."""
+    if image.dim() not in (3, 4):
+        raise ValueError(f"expected an image (C, H, W) or a batch (B, C, H, W), got shape {tuple(image.shape)}")
+    batch = image if image.dim() == 4 else image.unsqueeze(0)
+    with _evaluating(model), torch.inference_mode():
+        confidences, classes = model(batch.to(device or model_device(model))).softmax(1).max(1)
+    return (classes.cpu(), confidences.cpu()) if image.dim() == 4 else (int(classes), float(confidences))
