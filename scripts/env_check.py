@@ -5,7 +5,7 @@
 
 It needs the standard library alone, so it can be copied anywhere. torch is only ever imported in child processes with a
 timeout: without torch, with a torchvision that does not match and with a GPU that hangs or crashes, it still ends and
-says so. A check is a small function that returns `Result(status, name, found, todo)`, or a list of them.
+says so. A check is a small function that returns one or more `Result(status, name, found, todo)`.
 
 Exit codes: 0 nothing failed; 1 something failed (with --strict also a warning); 2 wrong usage.
 """
@@ -20,8 +20,11 @@ if __name__ == "__main__":  # nothing of its own folder is needed, and a json.py
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or ".") != HERE]
 
 import argparse
+import contextlib
 import ctypes
+import functools
 import getpass
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -34,314 +37,241 @@ import subprocess
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
 SCHEMA_VERSION = 1  # of --json; it grows when a key changes its meaning or goes
-MIN_PYTHON, MIN_TORCH, MIN_ONNXSCRIPT = (3, 10), (2, 10), (0, 6, 2)
 GIB = 2**30
 MARK = "\x1eenv_check "  # begins the lines that a child writes for its parent, whatever else libraries print
-GET_STARTED = "choose the right build on https://pytorch.org/get-started/locally"
+GET_STARTED = "take the right build from https://pytorch.org/get-started/locally"
+torch: Any = None  # only check_torch binds it, and only in a child
+PAIR = "pip install --force-reinstall torch torchvision (both in one command, so that they pair)"
 
 
 class Result(NamedTuple):
-    """One line of the report; `todo` is empty only for PASS."""
+    """One line of the report."""
 
     status: str
     name: str
     found: str
-    todo: str = ""
+    todo: str
 
 
-# ---------------------------------------------------------------------------------------------------- small helpers
+def result(name: str, found: str, todo: str = "", status: str = WARN) -> Result:
+    """Return a PASS if there is nothing to do, and otherwise `status`."""
+    return Result(status if todo else PASS, name, found, todo)
+
+
+def guarded(name: str, check: Callable[..., Any], *arguments: object) -> list[Result]:
+    """Run one check; an exception in it becomes a FAIL of one line."""
+    try:
+        outcome = check(*arguments)
+        return [outcome] if isinstance(outcome, Result) else list(outcome)
+    except Exception as error:
+        return [result(name, one_line(error), "report this line, with the output of --markdown", FAIL)]
+
+
+def title(function: Callable[..., Any]) -> str:
+    """`check_extras` gives `extras`, `live_gloo_all_reduce` gives `gloo all reduce`."""
+    return function.__name__.split("_", 1)[1].replace("_", " ")
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """Return a text on one line; an exception with its type first."""
+    words = " ".join((f"{type(text).__name__}: {text}" if isinstance(text, BaseException) else str(text)).split())
+    return words if len(words) <= limit else words[: limit - 3] + "..."
 
 
 def capture(command: list[str], timeout: float) -> tuple[int | None, str, str]:
-    """Return (exit code, stdout, stderr) of a command; the code is None if it had to be killed after `timeout` seconds."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+    """Return (exit code, stdout, stderr) of a command; the code is None if it had to be killed after `timeout` s."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True)
     code: int | None = None
     try:
         out, err = process.communicate(timeout=timeout)
         code = process.returncode
-    except subprocess.TimeoutExpired:
-        kill_group(process)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the whole group: a child may have workers
+            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         try:
             out, err = process.communicate(timeout=5)
         except subprocess.TimeoutExpired as late:  # stuck inside a driver, where no signal arrives: leave it behind
             out, err = late.stdout or b"", late.stderr or b""
-    except BaseException:
-        kill_group(process)
-        raise
     return code, out.decode(errors="replace"), err.decode(errors="replace")
-
-
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and, where the system has process groups, everything that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-    except OSError:
-        process.kill()
 
 
 def output_of(*command: str) -> str:
     """Return what a command prints, or an empty string if it is missing, fails or takes longer than 10 s."""
-    try:
+    with contextlib.suppress(OSError):
         code, out, _ = capture(list(command), 10)
-    except OSError:
-        return ""
-    return out.strip() if code == 0 else ""
-
-
-def one_line(text: object, limit: int = 240) -> str:
-    """Return a text on one line; an exception with its type first."""
-    words = f"{type(text).__name__}: {text}" if isinstance(text, BaseException) else str(text)
-    words = " ".join(words.split())
-    return words if len(words) <= limit else words[: limit - 3] + "..."
+        return out.strip() if code == 0 else ""
+    return ""
 
 
 def read(path: str | Path) -> str:
     """Return the text of a file, or an empty string if it cannot be read."""
-    try:
+    with contextlib.suppress(OSError):
         return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
+    return ""
 
 
-def version_tuple(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
     """`2.15.0+cu132` gives (2, 15, 0)."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in match.group().split(".")) if match else ()
-
-
-def satisfies(version: str, spec: str) -> bool:
-    """Say whether a version fits a requirement such as `>=2.14.0,<3`; an operator outside == != >= <= > < counts as kept."""
-    have = version_tuple(version)
-    for operator, wanted in re.findall(r"(==|!=|>=|<=|>|<)\s*([\d.]+\d)", spec):
-        want = version_tuple(wanted)
-        size = max(len(have), len(want))
-        a, b = have + (0,) * (size - len(have)), want + (0,) * (size - len(want))
-        if not {"==": a == b, "!=": a != b, ">=": a >= b, "<=": a <= b, ">": a > b, "<": a < b}[operator]:
-            return False
-    return True
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def version_of(package: str) -> str:
     """Return the installed version of a package without importing it, or an empty string."""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return ""
 
 
-def environment(*prefixes: str) -> str:
-    """Return the set environment variables with these prefixes as `A=1, B=2`."""
+def settings(*prefixes: str) -> str:
+    """Return the environment variables with these prefixes, as `A='1', B='2'`."""
     return ", ".join(f"{name}={value!r}" for name, value in sorted(os.environ.items()) if name.startswith(prefixes))
-
-
-def guarded(check: Callable[..., Any], *arguments: object) -> list[Result]:
-    """Run one check; an exception in it becomes a FAIL of one line."""
-    try:
-        outcome = check(*arguments)
-    except Exception as error:
-        name = ": ".join([*(str(a) for a in arguments), check_name(check)])
-        return [Result(FAIL, name, one_line(error), "read the exception; if it says nothing, report it with --markdown")]
-    return outcome if isinstance(outcome, list) else [outcome]
-
-
-def check_name(check: Callable[..., Any]) -> str:
-    """`check_shared_memory` and `live_shared_memory` give `shared memory`."""
-    return check.__name__.split("_", 1)[1].replace("_", " ")
 
 
 # --------------------------------------------------------------------------------- the machine, without any torch
 
 
 def check_python() -> Result:
-    """The interpreter and the system."""
-    found = f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.release()} {platform.machine()}"
-    if sys.version_info[:2] < MIN_PYTHON:
-        return Result(FAIL, "Python", found, f"make an environment with Python {MIN_PYTHON[0]}.{MIN_PYTHON[1]} or newer")
-    if sys.maxsize < 2**32:
-        return Result(FAIL, "Python", f"{found}, 32 bit", "install a 64-bit Python: torch has no 32-bit wheels")
-    return Result(PASS, "Python", found)
+    found = f"{platform.python_version()} at {sys.executable}, {platform.platform()}"
+    good = sys.version_info[:2] >= (3, 10) and sys.maxsize > 2**32
+    return result("Python", found, "" if good else "make an environment with a 64-bit Python 3.10 or newer", FAIL)
 
 
-# Run in a child: a module that is loaded before any script starts cannot be hidden, and a file that hands over the real
-# module (it has all the public names) hides nothing, so each name is judged by what importing it gives.
+# Runs in a child. What is loaded before any script starts cannot be hidden, and a file that hands over the real module
+# hides nothing (scripts/profile.py does): so a name is judged by whether importing it gives all its public names.
 HIDDEN_PROBE = """
 import sys
-loaded = set(sys.modules)
-import importlib
-mark, folder = sys.argv[1:3]
-for name in sys.argv[3:]:
-    if name not in loaded:
-        real = importlib.import_module(name)
-        public = getattr(real, "__all__", None) or [n for n in vars(real) if not n.startswith("_")]
-        sys.modules.pop(name)
-        sys.path.insert(0, folder)
-        importlib.invalidate_caches()
-        seen = importlib.import_module(name)
-        sys.path.remove(folder)
-        if not all(hasattr(seen, n) for n in public):
-            continue
-    print(mark + name, flush=True)
+mark, folder, name = sys.argv[1:]
+good = name in sys.modules
+if not good:
+    import importlib
+    real = importlib.import_module(name)
+    public = getattr(real, "__all__", None) or [n for n in vars(real) if not n.startswith("_")]
+    del sys.modules[name]
+    sys.path.insert(0, folder)
+    seen = importlib.import_module(name)
+    good = all(hasattr(seen, n) for n in public)
+print(mark + ("good" if good else "hidden"), flush=True)
 """
 
 
-def hidden_modules(folder: str) -> list[str]:
-    """Return the standard modules that a folder at the front of the path would replace by something else."""
-    standard = getattr(sys, "stdlib_module_names", frozenset()) - set(sys.builtin_module_names)
-    names = [p.stem for p in Path(folder).glob("*.py")] + [p.parent.name for p in Path(folder).glob("*/__init__.py")]
-    harmful = []
-    for name in sorted(standard & set(names)):
-        _, out, _ = capture([sys.executable, "-I", "-c", HIDDEN_PROBE, MARK, folder, name], 10)
-        if MARK + name not in out:
-            harmful.append(name)
-    return harmful
-
-
 def check_hidden_modules() -> Result:
-    """Files on the path that stand in front of standard modules, torch or numpy."""
+    """Files that Python would import in place of standard modules (or of torch and numpy)."""
     on_path = [HERE, *(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)]
-    hidden, doubtful = [], []
-    for folder in dict.fromkeys([*on_path, os.getcwd()]):
-        harmful = [os.path.join(folder, name) for name in hidden_modules(folder)]
-        (hidden if folder in on_path else doubtful).extend(harmful)
-        for name in ("torch", "torchvision", "numpy", "PIL"):
-            candidates = [Path(folder, name + ".py"), Path(folder, name, "__init__.py")]
-            installed = any(Path(folder).glob(f"{name}-*-info")) or any(Path(folder).glob("pillow-*-info"))
-            doubtful += [str(path) for path in candidates if path.is_file() and not installed]
-    todo = "rename them: Python imports these files in place of the real modules"
-    if hidden or doubtful:
-        return Result(FAIL if hidden else WARN, "hidden modules", ", ".join(hidden + doubtful), todo)
-    return Result(PASS, "hidden modules", "no file on the path hides a standard module")
+    standard: frozenset[str] = getattr(sys, "stdlib_module_names", frozenset())
+    hidden = []
+    for folder in map(Path, dict.fromkeys([*on_path, os.getcwd()])):
+        for path in [*folder.glob("*.py"), *folder.glob("*/__init__.py")]:
+            name = path.parent.name if path.name == "__init__.py" else path.stem
+            command = [sys.executable, "-I", "-c", HIDDEN_PROBE, MARK, str(folder), name]
+            if name in standard and MARK + "good" not in capture(command, 10)[1]:
+                hidden.append(str(path))
+            if name in ("torch", "torchvision", "numpy") and not any(folder.glob(f"{name}-*.dist-info")):
+                hidden.append(str(path))
+    todo = "rename them: Python imports these files in place of the real modules" if hidden else ""
+    return result("hidden modules", ", ".join(hidden) or "no file on the path hides a standard module", todo)
 
 
-def cgroup_limits(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> tuple[float | None, int | None]:
-    """Return the container's limits (CPUs, bytes of memory), from cgroup v2 and v1; None where there is no limit."""
-    cpus: list[float] = []
-    memory: list[int] = []
+def cgroup_limits(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> tuple[float, float]:
+    """Return the container's limits (CPUs, bytes of memory) by cgroup v1 and v2; infinite where there is none."""
+    cpus, memory = [float("inf")], [float("inf")]
     for line in read(membership).splitlines():
         _, controllers, group = line.split(":", 2)
-        base = Path(root, controllers) if controllers else Path(root)
-        folder = base / group.strip("/")
+        folder = Path(root, controllers, group.strip("/"))
         for level in [folder, *folder.parents]:  # a limit of any level above holds too
-            quota = read(level / "cpu.max").split() or [
-                read(level / "cpu.cfs_quota_us").strip(), read(level / "cpu.cfs_period_us").strip()
-            ]  # fmt: skip
-            if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
-                cpus.append(int(quota[0]) / int(quota[1]))
+            v1 = f"{read(level / 'cpu.cfs_quota_us')} {read(level / 'cpu.cfs_period_us')}"
+            quota = read(level / "cpu.max") or v1
+            cpus += [int(a) / int(b) for a, b in re.findall(r"^(\d+)\s+(\d+)", quota)]  # "max" and -1 are no limit
             for name in ("memory.max", "memory.limit_in_bytes"):
-                value = read(level / name).strip()
-                if value.isdigit() and int(value) < 2**60:  # v1 writes a number near 2**63 for "no limit"
-                    memory.append(int(value))
-            if level == base:
-                break
-    return min(cpus, default=None), min(memory, default=None)
+                memory += [int(n) for n in re.findall(r"^\d{1,18}$", read(level / name).strip())]  # v1: 19 digits, none
+    return min(cpus), min(memory)
 
 
 def usable_cpus() -> int:
     """Return how many CPUs this process may keep busy: affinity and container quota, rounded up."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup_limits()[0]
-    return allowed if quota is None else max(1, min(allowed, -int(-quota // 1)))
+    return int(max(1, min(allowed, cgroup_limits()[0] + 0.99)))
 
 
 def check_cpu() -> Result:
-    """Model, cores and the instructions that decide about speed."""
     text = read("/proc/cpuinfo")
-    fields = dict(re.findall(r"^([^\t:]+?)\s*:[ ]?(.*)$", text, re.MULTILINE))
+    fields = dict(re.findall(r"^([^\t:]+?)\s*: (.*)$", text, re.MULTILINE))
     model = fields.get("model name") or output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
-    cores = len(set(re.findall(r"physical id\s*: (\d+)\n(?:.*\n)*?core id\s*: (\d+)", text)))
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    if output_of("sysctl", "-n", "hw.optional.arm.FEAT_BF16") == "1":
-        flags.add("bf16")
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    flags += ["bf16"] if output_of("sysctl", "-n", "hw.optional.arm.FEAT_BF16") == "1" else []
     known = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
-    have = [flag for flag in known if flag in flags]
-    bf16 = "native" if {"avx512_bf16", "amx_bf16", "bf16"} & flags else "emulated"
-    found = f"{model or 'unknown model'}, {f'{cores} cores, ' if cores else ''}{os.cpu_count()} logical; "
-    found += f"{' '.join(have) or 'instruction set unknown'}; bf16 {bf16 if flags else 'unknown'}"
-    if platform.machine() in ("x86_64", "AMD64") and flags and "avx2" not in flags:
-        return Result(WARN, "CPU", found, "expect slow runs: without AVX2, torch falls back to its slowest kernels")
-    return Result(PASS, "CPU", found)
+    have = " ".join(flag for flag in known if flag in flags)
+    found = f"{model or 'unknown'}, {fields.get('cpu cores', '?')} cores per socket, {os.cpu_count()} logical CPUs; "
+    slow = "avx2" not in flags and "sse2" in flags
+    todo = "expect slow runs: without AVX2, torch uses its slowest kernels" if slow else ""
+    found += f"{have or 'features unknown'}; bf16 {'native' if 'bf16' in have else 'emulated' if have else 'unknown'}"
+    return result("CPU", found, todo)
 
 
-def check_usable_cpus() -> Result:
-    """Affinity and container quota."""
-    quota = cgroup_limits()[0]
-    limit = "no container quota" if quota is None else f"container quota {quota:g}"
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Result(PASS, "usable CPUs", f"{usable_cpus()} ({allowed} by affinity, {limit})")
+def check_thread_settings() -> Result:
+    """CPUs that may be used, against OMP_NUM_THREADS and its relatives."""
+    cpus, quota, threads = usable_cpus(), cgroup_limits()[0], os.environ.get("OMP_NUM_THREADS", "")
+    found = f"{cpus} usable CPUs (container quota {'none' if quota == float('inf') else quota}); "
+    found += settings("OMP_", "MKL_", "KMP_", "GOMP_") or "no variables set"
+    wrong = threads and (not re.fullmatch(r"[1-9]\d*(,\d+)*", threads) or int(threads.split(",")[0]) > cpus)
+    return result("thread settings", found, f"export OMP_NUM_THREADS={cpus}, or less" if wrong else "")
 
 
-def check_memory() -> Result:
-    """RAM, and the container's share of it."""
-    fields = {key: int(kib) * 1024 for key, kib in re.findall(r"^(\w+):\s+(\d+) kB", read("/proc/meminfo"), re.MULTILINE)}
-    total = fields.get("MemTotal")
-    if total is None and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if total is None:
-        return Result(SKIP, "RAM", "unknown on this system", "look into the system's own monitor")
-    limit = cgroup_limits()[1]
-    usable = min(fields.get("MemAvailable", total), limit or total)
-    found = f"{total / GIB:.1f} GiB, {usable / GIB:.1f} GiB usable" + (f", container limit {limit / GIB:.1f}" if limit else "")
-    if usable < 2 * GIB:
-        return Result(WARN, "RAM", found, "end other programs, or take smaller batches and fewer workers")
-    return Result(PASS, "RAM", found)
+def check_space() -> Iterator[Result]:
+    """RAM, disk and shared memory."""
+    fields = {key: int(kib) * 1024 for key, kib in re.findall(r"(Mem\w+):\s+(\d+) kB", read("/proc/meminfo"))}
+    if not fields and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        fields["MemTotal"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if fields:
+        total, limit = fields["MemTotal"], cgroup_limits()[1]
+        free = min(fields.get("MemAvailable", total), limit)
+        found = f"{total / GIB:.1f} GiB, {free / GIB:.1f} free, container limit "
+        found += "none" if limit == float("inf") else f"{limit / GIB:.1f} GiB"
+        yield result("RAM", found, "end other programs, or take smaller batches" if free < 2 * GIB else "")
+    else:
+        yield result("RAM", "not known on this system", "see the system's own monitor", SKIP)
 
+    for folder in dict.fromkeys([os.getcwd(), tempfile.gettempdir()]):
+        free = shutil.disk_usage(folder).free
+        todo = "" if os.access(folder, os.W_OK) else "not writable: go to another folder, or name one with --output"
+        todo = todo or ("free some space: data and checkpoints need a few GiB" if free < 2 * GIB else "")
+        yield result("disk", f"{free / GIB:.1f} GiB free at {folder}", todo)
 
-def check_disk() -> Result:
-    """Free space and whether the current folder can be written."""
-    here, temporary = os.getcwd(), tempfile.gettempdir()
-    free = {folder: shutil.disk_usage(folder).free / GIB for folder in (here, temporary)}
-    found = ", ".join(f"{gib:.1f} GiB free at {folder}" for folder, gib in free.items())
-    if not os.access(here, os.W_OK):
-        return Result(WARN, "disk", f"{found}; {here} is not writable", "change the folder, or name one with --output")
-    if min(free.values()) < 2:
-        return Result(WARN, "disk", found, "free some space: data sets and checkpoints need a few GiB")
-    return Result(PASS, "disk", found)
-
-
-def check_shared_memory() -> Result:
-    """/dev/shm carries the batches of DataLoader workers."""
-    if not os.path.isdir("/dev/shm"):
-        return Result(SKIP, "/dev/shm", "not on this system", "nothing to do: only Linux passes batches this way")
-    usage = shutil.disk_usage("/dev/shm")
-    found = f"{usage.total / GIB:.2f} GiB, {usage.free / GIB:.2f} GiB free"
-    if usage.free < GIB // 2:
+    if os.path.isdir("/dev/shm"):  # carries the batches of DataLoader workers; a container has 64 MiB by default
+        usage = shutil.disk_usage("/dev/shm")
         todo = "start the container with --shm-size=8g (or --ipc=host), or use num_workers=0"
-        return Result(WARN, "/dev/shm", found, todo)
-    return Result(PASS, "/dev/shm", found)
+        found = f"{usage.free / GIB:.2f} of {usage.total / GIB:.2f} GiB free"
+        yield result("/dev/shm", found, todo if usage.free < GIB // 2 else "")
 
 
+@functools.cache  # a broken driver may take its time
 def nvidia_gpus() -> tuple[list[str], str]:
-    """Return the names of the NVIDIA GPUs and the driver's version (empty without a driver), without torch."""
-    listed = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
-    rows = [line.rsplit(", ", 1) for line in listed if ", " in line]
+    """Return the names of the NVIDIA GPUs and the driver's version (empty without one), without torch."""
+    listed = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    rows = re.findall(r"^(.+), ([\d.]+)$", listed, re.MULTILINE)
     if rows:
-        return [row[0] for row in rows], rows[0][1]
+        return [name for name, _ in rows], rows[0][1]
+    cards = [p.parent for p in Path("/sys/bus/pci/devices").glob("*/vendor") if read(p).strip() == "0x10de"]
     driver = re.search(r"Module\D*([\d.]+)", read("/proc/driver/nvidia/version"))
-    models = [read(path) for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
-    names = [match.group(1).strip() for match in (re.search(r"Model:\s*(.+)", text) for text in models) if match]
-    if not names:  # no driver: the bus still shows the card
-        devices = [p.parent for p in Path("/sys/bus/pci/devices").glob("*/vendor") if read(p).strip() == "0x10de"]
-        names = ["an NVIDIA GPU" for device in devices if read(device / "class").startswith("0x03")]
+    names = ["an NVIDIA GPU" for card in cards if read(card / "class").startswith("0x03")]  # the bus shows it anyway
     return names, driver.group(1) if driver else ""
 
 
-def check_NVIDIA_driver() -> Result:
-    """The GPUs that the system sees, whatever torch makes of them."""
+def check_GPU_driver() -> Result:
     names, driver = nvidia_gpus()
-    if names and not driver:
-        todo = "install the NVIDIA driver; in a container, start it with --gpus all"
-        return Result(WARN, "NVIDIA driver", f"{len(names)} GPU(s) on the bus, but no driver", todo)
-    if not names:
-        state = f"driver {driver}, but no GPU" if driver else "none, and no NVIDIA GPU on this machine"
-        return Result(PASS, "NVIDIA driver", f"{state}: work runs on the CPU")
-    return Result(PASS, "NVIDIA driver", f"{driver}; {', '.join(names)}")
+    found = f"{', '.join(names) or 'no NVIDIA GPU'}; driver {driver or 'not found'}"
+    todo = "install the NVIDIA driver; start a container with --gpus all" if names and not driver else ""
+    return result("GPU driver", found, todo)
 
 
 def hides_all_gpus() -> bool:
@@ -350,478 +280,348 @@ def hides_all_gpus() -> bool:
 
 
 def check_visible_devices() -> Result:
-    """CUDA_VISIBLE_DEVICES and its relatives."""
-    name = "CUDA_VISIBLE_DEVICES"
-    found = environment(name, "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE", "HIP_VISIBLE", "ROCR_VISIBLE", "ZE_AFFINITY") or "not set"
-    entries = [entry.strip() for entry in os.environ.get(name, "").split(",")]
-    gpus = nvidia_gpus()[0]
-    if name in os.environ and hides_all_gpus():
-        status, todo = (WARN, f"unset {name} to use the GPU") if gpus else (PASS, "")
-        return Result(status, name, f"{found}: all GPUs are hidden", todo)
-    bad = [e for e in entries if not re.fullmatch(r"(\d+|(GPU|MIG)-\S+)?", e) or (gpus and e.isdigit() and int(e) >= len(gpus))]
-    if bad or len(set(entries)) < len(entries):
-        return Result(WARN, name, found, f"list existing GPUs once each, as in {name}=0,1: CUDA drops all from the first bad one")
-    return Result(PASS, name, found)
+    name, gpus = "CUDA_VISIBLE_DEVICES", nvidia_gpus()[0]
+    found = settings("CUDA_VISIBLE", "CUDA_DEVICE_ORDER", "HIP_VISIBLE", "ROCR_VISIBLE", "ZE_AFFINITY") or "not set"
+    if hides_all_gpus():
+        return result(name, f"{found}: all GPUs are hidden", f"unset {name} to use the GPU" if gpus else "")
+    entries = [entry.strip() for entry in os.environ.get(name, "0").split(",")]
+    bad = len(set(entries)) < len(entries) or not all(re.fullmatch(r"\d+|(GPU|MIG)-\S+", entry) for entry in entries)
+    bad = bad or (len(gpus) > 0 and any(entry.isdigit() and int(entry) >= len(gpus) for entry in entries))
+    todo = f"list existing GPUs once each, as in {name}=0,1: CUDA ignores all from the first bad entry on"
+    return result(name, found, todo if bad else "")
 
 
 def distributed_problem(env: dict[str, str]) -> str:
     """Return what is inconsistent in the variables of torch.distributed, or an empty string."""
-    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    missing = [name for name in (*names, "MASTER_ADDR") if not env.get(name)]
     if missing:
-        return f"{', '.join(missing)} missing"
-    numbers = {n: env[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_WORLD_SIZE") if n in env}
-    wrong = [f"{name}={value!r}" for name, value in numbers.items() if not re.fullmatch(r"\d+", value)]
+        return f"{' and '.join(missing)} missing"
+    values = {name: env[name] for name in (*names, "LOCAL_WORLD_SIZE") if name in env}
+    wrong = [f"{name}={value!r}" for name, value in values.items() if not re.fullmatch(r"\d+", value)]
     if wrong:
-        return f"{', '.join(wrong)} not a whole number"
-    rank, world, local, port = (int(numbers[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
-    local_world = int(numbers.get("LOCAL_WORLD_SIZE", world))
-    for bad, problem in (
-        (world < 1, "WORLD_SIZE below 1"),
-        (rank >= world, f"RANK {rank} is not below WORLD_SIZE {world}"),
-        (local >= local_world, f"LOCAL_RANK {local} is not below the {local_world} processes of this machine"),
-        (local_world > world, f"LOCAL_WORLD_SIZE {local_world} is above WORLD_SIZE {world}"),
-        (not 0 < port < 65536, f"MASTER_PORT {port} is not between 1 and 65535"),
-    ):
-        if bad:
-            return problem
-    return ""
+        return f"{' and '.join(wrong)} must be a whole number"
+    rank, world, local, port = (int(values[name]) for name in names)
+    here = int(values.get("LOCAL_WORLD_SIZE", world))
+    rules = {
+        f"RANK {rank} is not below WORLD_SIZE {world}": rank < world,
+        f"LOCAL_RANK {local} is not below the {here} processes of this machine": local < here,
+        f"LOCAL_WORLD_SIZE {here} is above WORLD_SIZE {world}": here <= world,
+        f"MASTER_PORT {port} is not between 1 and 65535": 0 < port < 65536,
+    }
+    return ", ".join(problem for problem, kept in rules.items() if not kept)
 
 
 def check_distributed_variables() -> Result:
-    """RANK, WORLD_SIZE and the others, as torchrun sets them."""
-    found = environment("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = settings("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_") or "none set"
     if not any(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        return Result(PASS, "distributed variables", f"{found or 'none set'}: one process")
+        return result("distributed variables", f"{found}: one process")
     problem = distributed_problem(dict(os.environ))
-    if problem:
-        todo = "start with torchrun, which sets all five, or unset RANK, WORLD_SIZE and LOCAL_RANK"
-        return Result(FAIL, "distributed variables", f"{problem} ({found})", todo)
-    return Result(PASS, "distributed variables", found)
-
-
-def check_thread_variables() -> Result:
-    """OMP_NUM_THREADS and the like against the CPUs that may be used."""
-    found = environment("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_") or "not set"
-    threads, cpus = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip(), usable_cpus()
-    if threads and not re.fullmatch(r"0*[1-9]\d*", threads):
-        return Result(WARN, "thread variables", found, f"set OMP_NUM_THREADS to a whole number, here at most {cpus}")
-    if threads and int(threads) > cpus:
-        return Result(WARN, "thread variables", f"{found} on {cpus} usable CPUs", f"export OMP_NUM_THREADS={cpus}")
-    return Result(PASS, "thread variables", found)
+    todo = "start with torchrun, which sets them all, or unset RANK, WORLD_SIZE and LOCAL_RANK" if problem else ""
+    return result("distributed variables", f"{problem} ({found})" if problem else found, todo, FAIL)
 
 
 def check_allocator_settings() -> Result:
-    """Settings of the memory allocators, and switches that slow everything down."""
-    found = environment("PYTORCH_", "CUDA_LAUNCH_BLOCKING", "MALLOC_CONF", "LD_PRELOAD", "TORCH_ALLOW_TF32") or "defaults"
-    slow = [n for n in ("PYTORCH_NO_CUDA_MEMORY_CACHING", "CUDA_LAUNCH_BLOCKING") if os.environ.get(n, "0") not in ("", "0")]
-    if slow:
-        return Result(WARN, "allocator settings", found, f"unset {' and '.join(slow)}: for debugging only, it is slow")
-    return Result(PASS, "allocator settings", found)
+    found = settings("PYTORCH_", "CUDA_LAUNCH_BLOCKING", "MALLOC_CONF", "LD_PRELOAD", "TORCH_ALLOW_TF32") or "defaults"
+    debugging = ("PYTORCH_NO_CUDA_MEMORY_CACHING", "CUDA_LAUNCH_BLOCKING")
+    slow = [name for name in debugging if os.environ.get(name, "0") not in ("", "0")]
+    return result("allocator settings", found, f"unset {' and '.join(slow)}: slow, for debugging only" if slow else "")
 
 
 def check_compiler() -> Result:
     """What torch.compile needs: a C++ compiler and Python's headers, for a GPU triton."""
-    default = {"Windows": "cl", "Darwin": "clang++"}.get(platform.system(), "g++")
-    compiler = os.environ.get("CXX") or default
-    path = shutil.which(compiler.split()[0])
+    name = os.environ.get("CXX") or {"Windows": "cl", "Darwin": "clang++"}.get(platform.system(), "g++")
+    path = shutil.which(name.split()[0])
     header = os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
-    version = (output_of(path, "--version") if path and default != "cl" else "").split("\n")[0]
-    found = f"{version or path or compiler + ' not found'}; Python.h {'found' if header else 'not found'}; "
-    found += f"triton {version_of('triton') or version_of('triton-windows') or 'not installed'}"
-    if not path or not header:
-        todo = "needed by torch.compile only: install a C++ compiler and Python's headers (apt install g++ python3-dev)"
-        return Result(WARN, "compiler", found, todo)
-    return Result(PASS, "compiler", found)
+    version = output_of(path, "--version").split("\n")[0] if path and name != "cl" else path
+    found = f"{version or name + ' not found'}, Python.h {'found' if header else 'not found'}, triton "
+    todo = "only torch.compile needs it: install a C++ compiler and Python's headers (apt install g++ python3-dev)"
+    return result("compiler", found + (version_of("triton") or "not installed"), "" if path and header else todo)
 
 
-def check_extras() -> list[Result]:
+def check_extras() -> Iterator[Result]:
     """The optional packages, without importing them."""
-    results = []
-    for extra, packages in {"onnx": "onnx onnxscript onnxruntime", "quant": "torchao", "tensorboard": "tensorboard"}.items():
+    extras = {"onnx": "onnx onnxscript onnxruntime", "quant": "torchao", "tensorboard": "tensorboard"}
+    for extra, packages in extras.items():
         have = {name: version_of(name) or version_of(name + "-gpu") for name in packages.split()}
+        old = numbers(have.get("onnxscript") or "9") < (0, 6, 2)  # torch.onnx.export needs that one
+        todo = f"only if you want it: pip install -U {packages}" if old or not all(have.values()) else ""
         found = ", ".join(f"{name} {version or 'not installed'}" for name, version in have.items())
-        result = Result(PASS, f"extra [{extra}]", found)
-        if not all(have.values()):
-            result = result._replace(status=SKIP, todo=f"only if you want it: pip install {packages}")
-        elif version_tuple(have.get("onnxscript", "9")) < MIN_ONNXSCRIPT:
-            result = result._replace(status=WARN, todo="pip install -U onnxscript: torch.onnx.export needs 0.6.2 or newer")
-        results.append(result)
-    return results
+        yield result(f"extra [{extra}]", found, todo, WARN if old else SKIP)
 
 
-HOST_CHECKS = (
-    check_python, check_hidden_modules, check_cpu, check_usable_cpus, check_memory, check_disk, check_shared_memory,
-    check_NVIDIA_driver, check_visible_devices, check_distributed_variables, check_thread_variables,
-    check_allocator_settings, check_compiler, check_extras,
-)  # fmt: skip
+HOST_CHECKS: list[Callable[..., Any]] = [
+    check_python, check_hidden_modules, check_cpu, check_thread_settings, check_space, check_GPU_driver,
+    check_visible_devices, check_distributed_variables, check_allocator_settings, check_compiler, check_extras,
+]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- torch and its devices (in a child)
 
 
 def check_torch() -> Result:
-    """torch imports, is PyTorch and is new enough."""
+    global torch
     try:
-        import torch
+        torch = importlib.import_module("torch")
+        found = f"{torch.__version__} at {os.path.dirname(torch.__file__)}"  # a mere folder of this name has neither
     except BaseException as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-            return Result(FAIL, "torch", "not installed", f"pip install torch torchvision ({GET_STARTED})")
-        todo = "pip install --force-reinstall torch torchvision, best in a new virtual environment"
-        return Result(FAIL, "torch", f"{version_of('torch')} does not import: {one_line(error)}", todo)
-    if not hasattr(torch, "__version__"):
-        return Result(FAIL, "torch", f"{list(torch.__path__)} is not PyTorch", "rename that folder: it hides the real torch")
-    found = f"{torch.__version__} at {os.path.dirname(torch.__file__)}"
-    if version_tuple(torch.__version__) < MIN_TORCH:
-        return Result(FAIL, "torch", found, "pip install -U torch torchvision: before 2.10, loading a file can run its code")
-    return Result(PASS, "torch", found)
+            return result("torch", "not installed", f"pip install torch torchvision: {GET_STARTED}", FAIL)
+        todo = f"in a new virtual environment: {PAIR}; no file named torch may lie on the path"
+        return result("torch", f"{version_of('torch')} does not import: {one_line(error)}", todo, FAIL)
+    todo = "pip install -U torch torchvision: before 2.10, loading a file could run its code"
+    return result("torch", found, todo if numbers(torch.__version__) < (2, 10) else "", FAIL)
 
 
 def check_torch_threads() -> Result:
-    """torch's own threads against the CPUs that may be used."""
-    import torch
-
     threads, cpus = torch.get_num_threads(), usable_cpus()
-    found = f"{threads} (and {torch.get_num_interop_threads()} between operators), kernels for "
-    found += torch.backends.cpu.get_cpu_capability()
-    if threads > cpus:
-        return Result(WARN, "torch threads", f"{found}, on {cpus} usable CPUs", f"export OMP_NUM_THREADS={cpus}")
-    return Result(PASS, "torch threads", found)
+    found = f"{threads} for {cpus} usable CPUs, kernels for {torch.backends.cpu.get_cpu_capability()}"
+    return result("torch threads", found, f"export OMP_NUM_THREADS={cpus}" if threads > cpus else "")
 
 
 def driver_cuda() -> tuple[int, ...]:
     """Return the newest CUDA version that the driver supports, as (13, 2), or () without a driver."""
-    try:
-        version = ctypes.c_int()
-        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-        return divmod(version.value // 10, 100) if library.cuDriverGetVersion(ctypes.byref(version)) == 0 else ()
-    except OSError:
-        return ()
+    with contextlib.suppress(OSError):
+        version, library = ctypes.c_int(), ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        if library.cuDriverGetVersion(ctypes.byref(version)) == 0:
+            return version.value // 1000, version.value % 1000 // 10
+    return ()
 
 
 def check_CUDA() -> Result:
     """The wheel's CUDA (or ROCm) against the driver; a CUDA build on a machine without GPU is a normal case."""
-    import torch
-
-    cuda, (gpus, _), driver = torch.version.cuda or "", nvidia_gpus(), driver_cuda()
-    build = f"CUDA {cuda} build" if cuda else f"ROCm {torch.version.hip} build" if torch.version.hip else "CPU build"
-    if driver:
-        build += f", driver for CUDA up to {driver[0]}.{driver[1]}"
+    cuda, gpus, driver = torch.version.cuda or "", nvidia_gpus()[0], driver_cuda()
+    found = f"CUDA {cuda} build" if cuda else f"ROCm {torch.version.hip} build" if torch.version.hip else "CPU build"
+    found += f", driver for CUDA {driver[0]}.{driver[1]}" if driver else ""
     if torch.cuda.is_available():
-        return Result(PASS, "CUDA", f"{build}, {torch.cuda.device_count()} GPU(s)")
-    if not gpus:
-        return Result(PASS, "CUDA", f"{build}, no usable GPU on this machine: work runs on the CPU, which is supported")
-    if hides_all_gpus():
-        return Result(PASS, "CUDA", f"{build}, all GPUs hidden by CUDA_VISIBLE_DEVICES: work runs on the CPU")
+        return result("CUDA", f"{found}, {torch.cuda.device_count()} GPU(s) usable")
+    if not gpus or hides_all_gpus():
+        why = "no GPU on this machine" if not gpus else "CUDA_VISIBLE_DEVICES hides all GPUs"
+        return result("CUDA", f"{found}, {why}: work runs on the CPU, which is supported")
     if not cuda:
-        return Result(WARN, "CUDA", f"{build}, though the machine has {gpus[0]}", f"to use it, {GET_STARTED}")
-    reason = cuda_error()
-    todo = "see whether nvidia-smi works; reload the driver or restart; in a container, start it with --gpus all"
-    if driver and driver[0] < version_tuple(cuda)[0]:
-        todo = f"update the NVIDIA driver to one for CUDA {cuda}, or install a torch for CUDA {driver[0]}: {GET_STARTED}"
-    return Result(FAIL if driver else WARN, "CUDA", f"{build}, but {gpus[0]} cannot be used: {reason}", todo)
-
-
-def cuda_error() -> str:
-    """Return why CUDA does not start, in torch's words."""
-    import torch
-
+        return result("CUDA", f"{found}, though there is {gpus[0]}", f"to use it, {GET_STARTED}")
+    todo = "see whether nvidia-smi works; reload the driver or restart; start a container with --gpus all"
+    if driver and driver[0] < numbers(cuda)[0]:
+        todo = f"update the NVIDIA driver to one for CUDA {cuda}, or for a build with CUDA {driver[0]}, {GET_STARTED}"
     try:
         torch.cuda.init()
     except Exception as error:
-        return one_line(error)
-    return "torch finds no device"
+        found = f"{found}, {gpus[0]} does not work: {one_line(error)}"
+    return result("CUDA", found, todo, FAIL if driver else WARN)
 
 
 def architecture_verdict(capability: tuple[int, int], built: list[str]) -> tuple[str, str]:
-    """Say whether a wheel's architecture list (`sm_90`, `compute_90`) serves a GPU of this compute capability.
+    """Say whether a wheel's architectures (`sm_90`, `compute_90`) serve a GPU of this compute capability.
 
-    Machine code runs on the same major version with an equal or higher minor one; `a` variants on the very same GPU,
-    `f` variants within the family; PTX (`compute_`) is compiled at the first start on every newer GPU.
+    Machine code runs on the same major version with an equal or higher minor one (the `a` variants on exactly that
+    GPU only); PTX (`compute_`) is compiled on any newer GPU at the first start.
     """
-    major, minor = capability
-    for kind, number, suffix in (match for arch in built for match in re.findall(r"(sm|compute)_(\d+)([af]?)", arch)):
-        have = (int(number[:-1]), int(number[-1]))
-        if kind == "sm" and have[0] == major and (have[1] == minor if suffix == "a" else have[1] <= minor):
-            return PASS, f"machine code {kind}_{number}{suffix}"
-    ptx = [n for arch in built for n in re.findall(r"^compute_(\d+)$", arch) if (int(n[:-1]), int(n[-1])) <= capability]
-    return (WARN, f"only PTX compute_{ptx[-1]}") if ptx else (FAIL, f"no code for it in {' '.join(built)}")
+    ptx = False
+    for kind, number, suffix in re.findall(r"(sm|compute)_(\d+)([af]?)", " ".join(built)):
+        code = (int(number[:-1]), int(number[-1]))
+        same_major = code[0] == capability[0] and code <= capability and suffix != "a"
+        if kind == "sm" and (same_major or code == capability):
+            return PASS, f"{kind}_{number}{suffix} in the wheel"
+        ptx = ptx or (kind == "compute" and not suffix and code <= capability)
+    if ptx:
+        return WARN, "only PTX in the wheel"
+    return FAIL, f"no code for it in the wheel ({' '.join(built)})"
 
 
-def check_GPUs() -> list[Result]:
-    """Each CUDA device: memory, compute capability against the wheel, bf16."""
-    import torch
-
-    return [result for i in range(torch.cuda.device_count()) for result in guarded(check_cuda_device, i)]
-
-
-def check_cuda_device(index: int) -> Result:
-    """One CUDA or ROCm device."""
-    import torch
-
-    properties = torch.cuda.get_device_properties(index)
-    capability = (properties.major, properties.minor)
-    free, total = torch.cuda.mem_get_info(index)
-    status, code = (PASS, "ROCm") if torch.version.hip else architecture_verdict(capability, torch.cuda.get_arch_list())
-    bf16 = "native" if torch.version.hip or capability >= (8, 0) else "emulated"
-    found = f"{properties.name}, {total / GIB:.1f} GiB ({free / GIB:.1f} free), capability {capability[0]}.{capability[1]}, "
-    found += f"{code}, bf16 {bf16}"
-    if status == PASS and free < total / 10:
-        return Result(WARN, f"cuda:{index}", found, "end the process that holds the memory (nvidia-smi lists it)")
-    todo = {WARN: "the first start compiles for minutes; a newer torch may have machine code", FAIL: GET_STARTED}
-    return Result(status, f"cuda:{index}", found, todo.get(status, ""))
+def check_GPUs() -> Iterator[Result]:
+    """Memory, compute capability against the wheel, and bf16 of each GPU."""
+    for i in range(torch.cuda.device_count()):
+        properties, (free, total) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
+        capability = (properties.major, properties.minor)
+        built = torch.cuda.get_arch_list()
+        status, code = (PASS, "ROCm") if torch.version.hip else architecture_verdict(capability, built)
+        bf16 = "native" if torch.version.hip or capability >= (8, 0) else "emulated"
+        found = f"{properties.name}, {total / GIB:.1f} GiB, {free / GIB:.1f} free, "
+        found += f"capability {capability[0]}.{capability[1]}, {code}, bf16 {bf16}"
+        todo = {WARN: "the first start compiles for minutes: take a newer torch", FAIL: GET_STARTED}.get(status, "")
+        full = "end what holds its memory: nvidia-smi lists it" if free < total / 10 else ""
+        yield result(f"cuda:{i}", found, todo or full, FAIL if status == FAIL else WARN)
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        for i in range(torch.xpu.device_count()):
+            properties = torch.xpu.get_device_properties(i)
+            yield result(f"xpu:{i}", f"{properties.name}, {properties.total_memory / GIB:.1f} GiB")
 
 
 def check_libraries() -> Result:
-    """cuDNN, NCCL, flash attention, TF32 and the CPU's libraries as the wheel has them."""
-    import torch
-
-    cuda = torch.backends.cuda.is_built()
-    distributed = torch.distributed.is_available()
-    nccl = cuda and distributed and torch.distributed.is_nccl_available()
+    """What the wheel brings: cuDNN, NCCL, gloo, flash attention, TF32, MPS, XPU."""
+    cuda, dist = torch.backends.cuda, torch.distributed
+    nccl = dist.is_available() and dist.is_nccl_available() and cuda.is_built()
     facts = {
-        "cuDNN": torch.backends.cudnn.version() if cuda else None,
-        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,
-        "gloo": "yes" if distributed and torch.distributed.is_gloo_available() else None,
-        "flash attention": "yes" if cuda and torch.backends.cuda.is_flash_attention_available() else None,
-        "MKL": "yes" if torch.backends.mkl.is_available() else None,
-        "oneDNN": "yes" if torch.backends.mkldnn.is_available() else None,
+        "cuDNN": torch.backends.cudnn.version() if cuda.is_built() else "no",
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if nccl else "no",
+        "gloo": dist.is_available() and dist.is_gloo_available(),
+        "flash attention": cuda.is_built() and cuda.is_flash_attention_available(),
+        "TF32 products": cuda.is_built() and torch.get_float32_matmul_precision() != "highest",
+        "MPS": torch.backends.mps.is_available(),
+        "XPU": hasattr(torch, "xpu") and torch.xpu.is_available(),
     }
-    tf32 = {"highest": "off"}.get(torch.get_float32_matmul_precision(), "on") if cuda else "no"
-    found = ", ".join(f"{name} {value or 'no'}" for name, value in facts.items())
-    return Result(PASS, "libraries", f"{found}, TF32 products {tf32}")
-
-
-def check_MPS() -> Result:
-    """Apple's GPU."""
-    import torch
-
-    if torch.backends.mps.is_available():
-        return Result(PASS, "MPS", f"available, macOS {platform.mac_ver()[0]}")
-    if platform.system() != "Darwin":
-        return Result(SKIP, "MPS", "not on this system", "nothing to do: MPS exists on Apple machines only")
-    todo = "use an Apple-silicon Python (not Rosetta) and a recent macOS, or work on the CPU"
-    return Result(WARN, "MPS", f"not available (built into torch: {torch.backends.mps.is_built()})", todo)
-
-
-def check_XPU() -> Result | list[Result]:
-    """Intel's GPUs."""
-    import torch
-
-    if not (hasattr(torch, "xpu") and torch.xpu.is_available()):
-        return Result(SKIP, "XPU", "no Intel GPU that this torch can use", f"only if you have one: {GET_STARTED}")
-    properties = [torch.xpu.get_device_properties(i) for i in range(torch.xpu.device_count())]
-    return [Result(PASS, f"xpu:{i}", f"{p.name}, {p.total_memory / GIB:.1f} GiB") for i, p in enumerate(properties)]
+    words = {True: "yes", False: "no"}
+    return result("libraries", ", ".join(f"{n} {words[v] if isinstance(v, bool) else v}" for n, v in facts.items()))
 
 
 def usable_devices() -> list[str]:
     """Return the names of the devices for the live checks."""
-    import torch
-
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
     devices += ["mps"] if torch.backends.mps.is_available() else []
     return devices + [f"xpu:{i}" for i in range(torch.xpu.device_count() if hasattr(torch, "xpu") else 0)]
 
 
 def torchvision_facts() -> tuple[str, str, str]:
-    """Return (version with build tag, the torch that it asks for, why its library does not load), without importing it."""
+    """Return its version with the build, the torch it asks for, and why its library does not load; imports nothing."""
     spec = importlib.util.find_spec("torchvision")
     folder = Path(spec.origin).parent if spec and spec.origin else Path("/nonexistent")
     version = re.search(r"__version__ = '([^']+)'", read(folder / "version.py"))
-    try:
+    requires, reason = "", ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         requires = " ".join(r for r in importlib.metadata.requires("torchvision") or [] if re.match(r"torch\b", r))
-    except importlib.metadata.PackageNotFoundError:
-        requires = ""
-    reason = ""
     for library in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
         try:
             ctypes.CDLL(str(library))
         except OSError as error:
-            reason = one_line(str(error).replace(str(folder) + os.sep, ""))
+            reason = one_line(str(error).replace(str(folder), "torchvision"), 150)
     return version.group(1) if version else version_of("torchvision"), requires, reason
 
 
+def satisfies(version: str, requires: str) -> bool:
+    """Say whether a torch version keeps `torch (==2.13.0)` or `torch>=2.14`; other operators count as kept."""
+    have = numbers(version)
+    pinned, least = re.search(r"==\s*([\d.]+)", requires), re.search(r">=\s*([\d.]+)", requires)
+    return (not pinned or numbers(pinned.group(1)) == have) and (not least or numbers(least.group(1)) <= have)
+
+
 def torchvision_cause(error: str, torch_version: str, vision: str, requires: str, reason: str) -> tuple[str, str]:
-    """Name the true cause of a failing `import torchvision`, and the remedy."""
-    build, vision_build = torch_version.partition("+")[2], vision.partition("+")[2]
-    why = f" ({reason})" if reason else ""
+    """Name the true cause of a failing torchvision (other module, version or build) and the remedy."""
+    build, vision_build = torch_version.partition("+")[2] or "plain", vision.partition("+")[2] or "plain"
+    why = f" ({error}{': ' if reason else ''}{reason})"
     module = re.search(r"No module named '(\w+)", error)
-    if module and module.group(1) != "torchvision":
+    if module:
         return error, f"pip install {'pillow' if module.group(1) == 'PIL' else module.group(1)}"
     if not satisfies(torch_version, requires):
-        cause = f"it is made for {requires}, not for torch {torch_version}{why}"
-        return cause, "pip install --force-reinstall torch torchvision (both in one command, so that they pair)"
-    if build != vision_build and (build or vision_build) and vision:
-        index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
-        cause = f"a {vision_build or 'plain'} build of torchvision beside a {build or 'plain'} build of torch{why}"
-        return cause, f"pip install --force-reinstall --no-deps torchvision=={vision.partition('+')[0]}{index}"
-    if "torchvision::" in error or reason:
-        cause = f"its compiled library does not load beside torch {torch_version}{why or ': ' + error}"
-        return cause, "pip install --force-reinstall torch torchvision (both in one command, so that they pair)"
-    return error, "pip install --force-reinstall torchvision"
+        return f"it asks for {requires}, but torch is {torch_version}{why}", PAIR
+    if build != vision_build:
+        index = "" if build == "plain" else f" --index-url https://download.pytorch.org/whl/{build}"
+        remedy = f"pip install --force-reinstall --no-deps torchvision=={vision.partition('+')[0]}{index}"
+        return f"a {vision_build} build of torchvision beside a {build} build of torch{why}", remedy
+    return f"its compiled library does not fit torch {torch_version}{why}", PAIR
 
 
 def check_torchvision() -> Result:
-    """torchvision imports, and its compiled operators work with this torch."""
-    import torch
-
+    """torchvision imports, and a compiled operator of it works with this torch."""
     if importlib.util.find_spec("torchvision") is None:
-        return Result(FAIL, "torchvision", "not installed", f"pip install torchvision, from where torch came ({GET_STARTED})")
+        return result("torchvision", "not installed", f"pip install torchvision: {GET_STARTED}", FAIL)
     try:
-        import torchvision
+        from torchvision.ops import nms
 
-        kept = torchvision.ops.nms(torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 1.9]]), torch.tensor([0.5, 0.9]), 0.5)
+        nms(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([0.5]), 0.5)
+        vision, requires, _ = torchvision_facts()
+        found = f"{vision} beside torch {torch.__version__}"
+        todo = "" if satisfies(torch.__version__, requires) else f"it asks for {requires}: {PAIR}"
+        return result("torchvision", found, todo)
     except BaseException as error:
         vision, requires, reason = torchvision_facts()
         cause, todo = torchvision_cause(one_line(error), torch.__version__, vision, requires, reason)
-        return Result(FAIL, "torchvision", f"{vision} does not work: {cause}", todo)
-    vision, requires, _ = torchvision_facts()
-    if kept.tolist() != [1] or not satisfies(torch.__version__, requires):
-        todo = "pip install --force-reinstall torch torchvision (both in one command, so that they pair)"
-        return Result(WARN, "torchvision", f"{vision} asks for {requires}, here is {torch.__version__}", todo)
-    return Result(PASS, "torchvision", f"{vision} pairs with torch {torch.__version__}")
+        return result("torchvision", f"{vision} does not work: {cause}", todo, FAIL)
 
 
-TORCH_CHECKS = (
-    check_torch_threads, check_libraries, check_CUDA, check_GPUs, check_MPS, check_XPU,
-)  # fmt: skip
+# ------------------------------------------------------------- live checks: the same work here and in float64
 
 
-# ------------------------------------------------------------------------------------ live checks (a child each)
+def work_matrix_product(device: str, dtype: Any) -> Any:
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return a @ b
 
 
-def error_of(value: Any, exact: Any) -> float:
-    """Return the largest deviation from a float64 result, relative to its largest entry; NaN counts as infinite."""
-    deviation = (value.detach().cpu().double() - exact).abs().max() / exact.abs().max()
-    return float(deviation) if deviation == deviation else float("inf")
+def work_convolution(device: str, dtype: Any) -> Any:
+    """Forward and backward: the gradient of the kernel depends on both."""
+    random = torch.Generator().manual_seed(0)
+    images, kernel = torch.randn(4, 3, 16, 16, generator=random), torch.randn(8, 3, 3, 3, generator=random)
+    kernel = kernel.to(device, dtype).requires_grad_()
+    torch.nn.functional.conv2d(images.to(device, dtype), kernel, padding=1).square().mean().backward()
+    return kernel.grad
 
 
-def judged(name: str, errors: dict[str, float], limits: dict[str, float]) -> Result:
-    """Turn relative errors into a result; TF32-like errors in fp32 warn, larger ones fail."""
-    found = "relative error " + ", ".join(f"{kind} {error:.1e}" for kind, error in errors.items())
-    if all(error <= limits[kind] for kind, error in errors.items()):
-        return Result(PASS, name, found)
-    if all(error <= max(limits[kind], 5e-3) for kind, error in errors.items()):
-        return Result(WARN, name, found, "TF32 or another reduced precision is on: see torch.set_float32_matmul_precision")
-    return Result(FAIL, name, found, "wrong numbers: reinstall torch, update the driver, test the memory of the device")
+def work_attention(device: str, dtype: Any) -> Any:
+    q, k, v = torch.randn(3, 2, 4, 64, 32, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 
-LIMITS = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
-
-
-def live_matrix_product(device: str) -> Result:
-    """A product in each precision against float64."""
-    import torch
-
-    errors = {}
-    for kind, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
-        a, b = (torch.randn(256, 256).to(dtype) for _ in range(2))
-        errors[kind] = error_of(a.to(device) @ b.to(device), a.double() @ b.double())
-    return judged(f"{device}: matrix product", errors, LIMITS)
-
-
-def live_convolution(device: str) -> Result:
-    """A convolution, forward and backward, against float64."""
-    import torch
-
-    images, kernel, above = torch.randn(4, 3, 16, 16), torch.randn(8, 3, 3, 3), torch.randn(4, 8, 16, 16)  # above: dL/dout
-
-    def forward_backward(where: str, dtype: Any) -> list[Any]:
-        x, w = images.to(where, dtype), kernel.to(where, dtype).requires_grad_()
-        out = torch.nn.functional.conv2d(x, w, padding=1)
-        out.backward(above.to(where, dtype))
-        return [out.detach(), w.grad]
-
-    got, exact = forward_backward(device, torch.float32), forward_backward("cpu", torch.float64)
-    errors = {"fp32": max(error_of(got[0], exact[0]), error_of(got[1], exact[1]))}
-    return judged(f"{device}: convolution", errors, {"fp32": 5e-4})
-
-
-def live_attention(device: str) -> Result:
-    """scaled_dot_product_attention against the formula in float64; on CUDA also whether the flash kernel runs."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    attention = torch.nn.functional.scaled_dot_product_attention
-    q, k, v = torch.randn(3, 2, 4, 64, 32)  # each (batch 2, heads 4, length 64, width 32)
-    exact = torch.softmax(q.double() @ k.double().transpose(-2, -1) / 32**0.5, dim=-1) @ v.double()
-    result = judged(f"{device}: attention", {"fp32": error_of(attention(*(t.to(device) for t in (q, k, v))), exact)}, LIMITS)
-    if not device.startswith("cuda"):
-        return result
-    try:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            error = error_of(attention(*(t.to(device, torch.float16) for t in (q, k, v))), exact)
-        flash = f"flash kernel in fp16 {error:.1e}"
-    except RuntimeError as failure:
-        flash = f"no flash kernel for this GPU ({one_line(failure, 60)})"
-    return result._replace(found=f"{result.found}; {flash}")
-
-
-def live_optimizer_step(device: str) -> Result:
-    """One step of SGD on sum(w^2) with rate 0.1 gives 0.8 w."""
-    import torch
-
-    weight = torch.tensor([1.0, -2.0], device=device, requires_grad=True)
+def work_optimizer_step(device: str, dtype: Any) -> Any:
+    weight = torch.tensor([1.0, -2.0], device=device, dtype=dtype, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=0.1)
     weight.square().sum().backward()
     optimizer.step()
-    error = error_of(weight, torch.tensor([0.8, -1.6], dtype=torch.float64))
-    return judged(f"{device}: optimizer step", {"fp32": error}, LIMITS)
+    return weight  # [0.8, -1.6]
+
+
+def work_torch_compile(device: str, dtype: Any) -> Any:
+    """Compiled on the device; the float64 reference is plain."""
+    x = torch.linspace(-2, 2, 1000, dtype=torch.float64).to(device, dtype)
+
+    def function(t: Any) -> Any:
+        return (t.sin() * 2 + t.square()).relu()
+
+    return function(x) if dtype == torch.float64 else torch.compile(function)(x)
+
+
+WORK = [work_matrix_product, work_convolution, work_attention, work_optimizer_step]
+
+
+def compare(device: str, work: Callable[[str, Any], Any]) -> Result:
+    """Compare some work with the same work in float64 on the CPU; errors are relative to the largest number."""
+    limits = {torch.float32: 5e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # fp32 may run as TF32
+    exact, found, good = work("cpu", torch.float64).detach(), [], True
+    for dtype, limit in limits.items() if work in (work_matrix_product, work_attention) else [(torch.float32, 5e-3)]:
+        try:
+            error = float((work(device, dtype).detach().cpu().double() - exact).abs().max() / exact.abs().max())
+        except (RuntimeError, TypeError) as problem:
+            if dtype == torch.float32:
+                raise
+            found.append(f"{str(dtype)[6:]} not possible ({one_line(problem, 60)})")  # an older device; fp32 is enough
+            continue
+        found.append(f"{str(dtype)[6:]} {error:.1e}")
+        good = good and error <= limit  # a NaN is not
+    todo = "" if good else "wrong numbers: reinstall torch, update the driver, test the device's memory"
+    return result(f"{device}: {title(work)}", "relative error " + ", ".join(found), todo, FAIL)
 
 
 def live_speed(device: str) -> Result:
-    """A short figure, to tell a healthy machine from a throttled one; not a benchmark."""
-    import torch
+    """A short figure that tells a healthy device from a throttled one; not a benchmark."""
+    side, count = (1024, 2**24) if device == "cpu" else (4096, 2**26)
+    a, source = torch.randn(side, side, device=device), torch.ones(count, device=device)
+    target, synchronize = torch.empty_like(source), getattr(torch, device.split(":")[0]).synchronize
 
-    side, megabytes = (1024, 64) if device == "cpu" else (4096, 256)
-    dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
-    figures = []
-    for dtype in dtypes:
-        a = torch.randn(side, side, device=device).to(dtype)
-        figures.append(f"{2e-9 * side**3 / best_seconds(lambda a=a: a @ a, device):,.0f} GFLOP/s {str(dtype)[6:]} product")
-    source = torch.ones(megabytes * 2**18, device=device)
-    target = torch.empty_like(source)
-    seconds = best_seconds(lambda: target.copy_(source), device)
-    return Result(PASS, f"{device}: speed", ", ".join([*figures, f"{2e-9 * 4 * len(source) / seconds:,.1f} GB/s copy (read + write)"]))
+    def best(work: Callable[[], Any]) -> float:
+        """Return the shortest time of a call, in seconds, of about 0.2 s of calls after a warm-up."""
+        times: list[float] = []
+        while sum(times[1:]) < 0.2:
+            start = time.perf_counter()
+            work()
+            synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
 
-
-def best_seconds(work: Callable[[], Any], device: str) -> float:
-    """Return the shortest time of one call, after a warm-up, within about 0.2 s of trying."""
-    import torch
-
-    synchronize = getattr(torch, device.split(":")[0]).synchronize
-    work()
-    synchronize()
-    times: list[float] = []
-    while sum(times) < 0.2:
-        start = time.perf_counter()
-        work()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    flops, moved = 2 * side**3, 2 * 4 * count  # a copy reads and writes
+    found = f"{flops / best(lambda: a @ a) / 1e9:,.0f} GFLOP/s fp32 product"
+    found += f", {moved / best(lambda: target.copy_(source)) / 1e9:,.0f} GB/s copy"
+    return result(f"{device}: speed", found)
 
 
-def live_data_loader(device: str) -> Result:
-    """A DataLoader with one worker process delivers what a list holds."""
-    from torch.utils.data import DataLoader
-
-    name = f"{device}: DataLoader worker"
-    batches = [batch.tolist() for batch in DataLoader(list(range(8)), batch_size=4, num_workers=1)]  # type: ignore[arg-type]
-    if batches == [[0, 1, 2, 3], [4, 5, 6, 7]]:
-        return Result(PASS, name, "8 samples through 1 worker")
-    return Result(FAIL, name, f"wrong batches {batches}", "use num_workers=0, and report this")
+def live_data_loader_worker(device: str) -> Result:
+    batches = [batch.tolist() for batch in torch.utils.data.DataLoader(list(range(4)), batch_size=2, num_workers=1)]
+    todo = "" if batches == [[0, 1], [2, 3]] else "use num_workers=0"
+    return result(f"{device}: data loader worker", f"4 samples in batches {batches}", todo, FAIL)
 
 
 def live_gloo_all_reduce(device: str) -> Result:
-    """Two gloo ranks, as threads of this process, sum 1 and 2 over the network of this machine."""
-    from concurrent.futures import ThreadPoolExecutor
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
-
-    name = f"{device}: all-reduce (gloo)"
+    """Two ranks, as threads of this process, add 1 and 2 over this machine's network."""
+    name, dist = f"{device}: gloo all-reduce", torch.distributed
     if not (dist.is_available() and dist.is_gloo_available()):
-        return Result(SKIP, name, "this torch has no gloo", f"only for many processes: {GET_STARTED}")
+        return result(name, "no gloo in this torch", f"only for several processes: {GET_STARTED}", SKIP)
     store = dist.HashStore()
 
     def rank_sum(rank: int) -> float:
@@ -829,150 +629,114 @@ def live_gloo_all_reduce(device: str) -> Result:
         dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=20)).allreduce([value]).wait()
         return value.item()
 
-    todo = "let the host name resolve to this machine (/etc/hosts), or export GLOO_SOCKET_IFNAME=lo"
     try:
         with ThreadPoolExecutor(2) as pool:
-            sums = list(pool.map(rank_sum, range(2)))
+            found = f"1 + 2 over 2 ranks gives {list(pool.map(rank_sum, range(2)))}"
     except RuntimeError as error:
-        return Result(FAIL, name, one_line(error), todo)
-    return Result(PASS if sums == [3, 3] else FAIL, name, f"1 + 2 on 2 ranks gives {sums}", "" if sums == [3, 3] else todo)
+        found = one_line(error)
+    todo = "let the host name resolve to this machine (/etc/hosts), or export GLOO_SOCKET_IFNAME=lo"
+    return result(name, found, "" if found.endswith("[3.0, 3.0]") else todo, FAIL)
 
 
 def live_nccl_all_reduce(device: str) -> Result:
-    """One process sums over all visible GPUs with NCCL."""
-    import torch
-
-    name, count = f"{device}: all-reduce (NCCL)", torch.cuda.device_count()
+    """This process adds a one from each visible GPU."""
+    name, count = f"{device}: nccl all-reduce", torch.cuda.device_count()
     if not (torch.distributed.is_available() and torch.distributed.is_nccl_available()):
-        return Result(SKIP, name, "this torch has no NCCL", "only for several GPUs: use gloo, or another build of torch")
+        return result(name, "no NCCL in this torch", "only for several GPUs: use gloo", SKIP)
     values = [torch.ones(1024, device=f"cuda:{i}") for i in range(count)]
     torch.cuda.nccl.all_reduce(values)
-    for i in range(count):
-        torch.cuda.synchronize(i)
-    if all(bool((value == count).all()) for value in values):
-        return Result(PASS, name, f"over {count} GPU(s)")
-    return Result(FAIL, name, f"wrong sum over {count} GPUs", "try NCCL_P2P_DISABLE=1; in a virtual machine, switch ACS off")
-
-
-def live_compile(device: str) -> Result:
-    """torch.compile builds a small function that gives the same numbers."""
-    import torch
-
-    x, start = torch.linspace(-2, 2, 1000, device=device), time.perf_counter()
-
-    def function(t: Any) -> Any:
-        return (t.sin() * 2 + t.square()).relu()
-
-    error = error_of(torch.compile(function)(x), function(x.cpu().double()))
-    result = judged(f"{device}: torch.compile", {"fp32": error}, LIMITS)
-    return result._replace(found=f"{result.found}, {time.perf_counter() - start:.1f} s")
-
-
-def live_checks(device: str, with_compile: bool) -> list[Callable[[str], Result]]:
-    """Return the live checks of a device; those that may hang come last, so that they take no other with them."""
-    checks = [live_matrix_product, live_convolution, live_attention, live_optimizer_step, live_speed]
-    checks += [live_compile] if with_compile else []
-    checks += [live_data_loader, live_gloo_all_reduce] if device == "cpu" else []
-    return checks + ([live_nccl_all_reduce] if device == "cuda:0" else [])
+    good = all(bool((value == count).all()) for value in values)
+    todo = "" if good else "try NCCL_P2P_DISABLE=1; in a virtual machine, switch ACS off"
+    return result(name, f"over {count} GPU(s)", todo, FAIL)
 
 
 # ------------------------------------------------------------------------------------------- children and parent
 
 
-def emit(**event: object) -> None:
-    """Write one event for the parent."""
-    print(MARK + json.dumps(event), flush=True)
-
-
-def emit_checks(checks: Iterable[Callable[..., Any]], *arguments: object) -> bool:
-    """Run checks in a child, announcing each; return whether all passed without FAIL."""
-    good = True
-    for check in checks:
-        emit(running=": ".join([*(str(a) for a in arguments), check_name(check)]))
-        results = guarded(check, *arguments)
-        emit(results=results)
-        good = good and all(result.status != FAIL for result in results)
-    return good
-
-
 def run_child(group: str, with_compile: bool) -> int:
-    """The work of a child process: the facts of torch, or the live checks of one device."""
+    """Write, for the parent, the facts of torch (`torch`) or the live checks of one device, an event a line."""
+
+    def emit(**event: object) -> None:
+        print(MARK + json.dumps(event), flush=True)
+
+    def run(name: str, check: Callable[..., Any], *arguments: object) -> list[Result]:
+        emit(running=name)
+        results = guarded(name, check, *arguments)
+        emit(results=results)
+        return results
+
     if group != "torch":
-        emit_checks(live_checks(group, with_compile), group)
-    elif emit_checks([check_torch]):
-        emit_checks(TORCH_CHECKS)
-        emit(devices=usable_devices())
-        emit_checks([check_torchvision])  # last: a library of another build may crash the process
+        check_torch()
+        for work in [*WORK, *([work_torch_compile] if with_compile else [])]:
+            run(f"{group}: {title(work)}", compare, group, work)
+        extra = {"cpu": [live_data_loader_worker, live_gloo_all_reduce], "cuda:0": [live_nccl_all_reduce]}
+        for check in [live_speed, *extra.get(group, [])]:  # last what may hang, so that it takes no other with it
+            run(f"{group}: {title(check)}", check, group)
+    elif run("torch", check_torch)[0].status == PASS:
+        for fact in (check_torch_threads, check_libraries, check_CUDA, check_GPUs):
+            run(title(fact), fact)
+        with contextlib.suppress(Exception):  # the checks above have said what is wrong
+            emit(devices=usable_devices())
+        run("torchvision", check_torchvision)  # last: a library of another build may crash the process
     emit(done=True)
     return 0
 
 
 def run_group(group: str, command: list[str], timeout: float) -> tuple[list[Result], list[str]]:
-    """Run a child; return its results and the devices that it names. A hang or crash is a FAIL of the check that ran."""
-    code, out, err = capture(command, timeout)
+    """Run a child; return its results and the devices it names. A hang or crash is a FAIL of the check that ran."""
+    try:
+        code, out, err = capture(command, timeout)
+    except OSError as error:  # no memory left to start a process, or no interpreter
+        code, out, err = 1, "", one_line(error)
     results: list[Result] = []
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = {"running": group}
     for line in out.split("\n"):
         if line.startswith(MARK) and line.endswith("}"):  # the last line of a killed child may be torn
             state.update(json.loads(line[len(MARK) :]))
-            results += [Result(*result) for result in state.pop("results", [])]
-    if not state.get("done"):
-        last = (err.strip().splitlines() or ["it says nothing"])[-1]
-        how = f"no answer within {timeout:g} s" if code is None else f"the process ended with {exit_name(code)}: {last}"
-        todo = "the device or its driver hangs: see nvidia-smi and dmesg, restart; if it is only slow, raise --timeout"
-        if code is not None:
-            todo = "reinstall torch and torchvision in a new environment; if it stays, update the driver"
-        results.append(Result(FAIL, state.get("running", group), one_line(how), todo))
-        results.append(Result(SKIP, f"{group}: later checks", "not reached", "mend the check above first"))
+            results += [Result(*fields) for fields in state.pop("results", [])]
+    if "done" not in state:
+        if code is None:
+            found = f"no answer within {timeout:g} s; the checks after it did not run"
+            todo = "it hangs or is slow: see nvidia-smi and dmesg, restart the machine, or raise --timeout"
+        else:
+            ending = signal.strsignal(-code) if code < 0 else f"exit code {code}"
+            found = f"the process ended with {ending}: {one_line((err.strip().splitlines() or ['no message'])[-1])}"
+            todo = f"in a new virtual environment: {PAIR}; if it stays, update the driver"
+        results.append(result(state["running"], found, todo, FAIL))
     return results, state.get("devices", [])
 
 
-def exit_name(code: int) -> str:
-    """Return an exit code in words: `SIGSEGV` for -11."""
-    try:
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    except ValueError:
-        return f"exit code {code}"
-
-
-def child_command(group: str, args: argparse.Namespace) -> list[str]:
-    """Return the command that runs this file as a child."""
-    return [sys.executable, os.path.abspath(__file__), "--child", group, *(["--compile"] if args.compile else [])]
-
-
-def check_required(args: argparse.Namespace, devices: list[str], results: list[Result]) -> list[Result]:
-    """What --require and --min-gpus ask for."""
-    answers = []
-    seen, gpus = ", ".join(devices) or "nothing", sum(device != "cpu" for device in devices)
-    why = "; ".join(r.found for r in results if r.name in ("torch", "CUDA", "CUDA_VISIBLE_DEVICES", args.require.upper()))
-    if args.require:
-        have = any(device.split(":")[0] == args.require for device in devices)
-        todo = f"mend the cause above, {GET_STARTED}, or ask for what is here"
-        answers.append(Result(*((PASS, "--require", f"{args.require}: usable") if have else
-                                (FAIL, "--require", f"{args.require}: torch can use {seen} only ({why})", todo))))  # fmt: skip
-    if args.min_gpus:
-        answer = Result(PASS, "--min-gpus", f"{gpus} of {args.min_gpus} GPUs")
-        answers.append(answer if gpus >= args.min_gpus else answer._replace(status=FAIL, todo=f"see above ({why})"))
-    return answers
+def check_wanted(require: str, min_gpus: int, devices: list[str], facts: list[Result]) -> Iterator[Result]:
+    """--require and --min-gpus against the devices, with the reason that the facts give."""
+    gpus, subject = [d for d in devices if d != "cpu"], "libraries" if require in ("mps", "xpu") else "CUDA"
+    why = next((fact.found for fact in facts if fact.name == subject), f"torch: {facts[0].found}")
+    todo = f"mend this ({why}), or {GET_STARTED}"
+    if require:
+        have = any(device.split(":")[0] == require for device in devices)
+        yield result("--require", f"{require}; usable: {', '.join(devices) or 'none'}", "" if have else todo, FAIL)
+    if min_gpus:
+        yield result("--min-gpus", f"{len(gpus)} of {min_gpus} usable", "" if len(gpus) >= min_gpus else todo, FAIL)
 
 
 def collect(args: argparse.Namespace) -> Iterator[Result]:
     """Yield all results in the order of the report."""
+
+    def child(group: str) -> tuple[list[Result], list[str]]:
+        options = ["--child", group, *(["--compile"] if args.compile else [])]
+        return run_group(group, [sys.executable, os.path.abspath(__file__), *options], args.timeout)
+
     for check in HOST_CHECKS:
-        yield from guarded(check)
-    results, devices = run_group("torch", child_command("torch", args), args.timeout)
-    usable = any(result.name == "torch" and result.status == PASS for result in results)
-    devices = devices or (["cpu"] if usable else [])
-    yield from results
-    yield from check_required(args, devices, results)
+        yield from guarded(title(check), check)
+    facts, devices = child("torch")
+    if not devices and facts[0].status == PASS:
+        devices = ["cpu"]  # torch works, but the child died on its way to the devices
+    yield from facts
+    yield from check_wanted(args.require, args.min_gpus, devices, facts)
     if args.quick or not devices:
-        why, todo = ("left out by --quick", "run without --quick") if args.quick else ("no working torch", "mend torch first")
-        yield Result(SKIP, "live checks", why, todo)
-        return
-    for device in devices:
-        if sys.stderr.isatty():
-            print(f"... live checks on {device}", file=sys.stderr)
-        yield from run_group(device, child_command(device, args), args.timeout)[0]
+        todo = "run without --quick" if args.quick else "mend torch first"
+        yield result("live checks", "left out", todo, SKIP)
+    for device in [] if args.quick else devices:
+        yield from child(device)[0]
 
 
 # ------------------------------------------------------------------------------------------------------ rendering
@@ -981,17 +745,14 @@ def collect(args: argparse.Namespace) -> Iterator[Result]:
 def redactor() -> Callable[[str], str]:
     """Return a function that takes home folders, host names and user names out of a text."""
     home, host = os.path.expanduser("~"), socket.gethostname()
-    homes = {path for path in (home, os.path.realpath(home)) if len(path) > 1 and os.path.isabs(path)}
+    homes = [re.escape(path) for path in {home, os.path.realpath(home)} if len(path) > 1 and os.path.isabs(path)]
     hosts = {host, host.split(".")[0], platform.node(), os.environ.get("MASTER_ADDR", "")}
     users = {os.environ.get(name, "") for name in ("USER", "LOGNAME", "USERNAME", "SUDO_USER")}
-    try:
+    with contextlib.suppress(KeyError, OSError, ImportError):  # a user id without a name, as containers have
         users.add(getpass.getuser())
-    except (KeyError, OSError, ImportError):  # a user id without a name, as containers have
-        pass
-    rules = [(re.escape(path) + r"(?!\w)", "~") for path in sorted(homes, key=len, reverse=True)]
-    rules += [(r"(?<![\w/\\])(/home|/Users|[A-Z]:\\Users)[/\\][^/\\\s',;]+", "~")]
+    rules = [(rf"(?:{'|'.join([*homes, '/home/[^/ ]+', '/Users/[^/ ]+'])})(?![\w-])", "~")]
     for names, word in ((hosts, "(host)"), (users, "(user)")):
-        rules += [(rf"(?<!\w){re.escape(n)}(?!\w)", word) for n in sorted(names, key=len, reverse=True) if n]
+        rules += [(rf"(?<!\w){re.escape(name)}(?!\w)", word) for name in sorted(names, key=len, reverse=True) if name]
 
     def clean(text: str) -> str:
         for pattern, replacement in rules:
@@ -1001,79 +762,54 @@ def redactor() -> Callable[[str], str]:
     return clean
 
 
-def as_text(result: Result) -> str:
-    """One line, and a second one with what to do."""
-    line = f"{result.status}  {result.name:<24} {result.found}"
-    return f"{line}\n      -> {result.todo}" if result.todo else line
-
-
-def as_markdown(results: list[Result]) -> str:
+def as_markdown(results: Iterable[Result]) -> str:
     """A table that GitHub shows, whatever characters the facts hold."""
-    rows = [["Status", "Check", "Found", "What to do"], ["---"] * 4, *(list(result) for result in results)]
-    escape = str.maketrans({"|": "\\|", "<": "&lt;", ">": "&gt;", "`": "\\`", "*": "\\*", "_": "\\_", "~": "\\~"})
-    return "\n".join(["### env_check", "", *("| " + " | ".join(c.translate(escape) for c in row) + " |" for row in rows)])
+    escapes = str.maketrans({"|": "\\|", "<": "&lt;", ">": "&gt;", "`": "\\`", "*": "\\*", "_": "\\_", "~": "\\~"})
+    rows = ["| " + " | ".join(cell.translate(escapes) for cell in line) + " |" for line in results]
+    return "\n".join(["| Status | Check | Found | What to do |", "| --- | --- | --- | --- |", *rows])
 
 
-def as_json(results: list[Result], code: int, seconds: float) -> str:
-    """One object; `schema_version` says how to read it."""
-    counts = {status: sum(result.status == status for result in results) for status in (PASS, WARN, FAIL, SKIP)}
-    head = {"schema": "env_check", "schema_version": SCHEMA_VERSION, "exit_code": code, "seconds": round(seconds, 2)}
-    return json.dumps({**head, "counts": counts, "checks": [result._asdict() for result in results]}, indent=2)
-
-
-def summary(results: list[Result], seconds: float) -> str:
-    """The last line of the text."""
-    words = {PASS: "passed", WARN: "warned", FAIL: "failed", SKIP: "skipped"}
-    return ", ".join(f"{sum(r.status == s for r in results)} {word}" for s, word in words.items()) + f" in {seconds:.1f} s"
-
-
-def seconds_above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86400 seconds")
-    return value
-
-
-def count_from_zero(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
+def report(args: argparse.Namespace) -> int:
+    """Run everything, print it in the chosen form, and return the exit code."""
+    start, clean, results = time.monotonic(), redactor() if args.redact else str, []
+    for line in collect(args):
+        line = line._replace(found=clean(one_line(line.found, 600)), todo=clean(one_line(line.todo, 600)))
+        results.append(line)
+        if not (args.json or args.markdown):
+            todo = f"\n      -> {line.todo}" if line.todo else ""
+            print(f"{line.status}  {line.name:<24} {line.found}{todo}", flush=True)
+    counts = {status: sum(line.status == status for line in results) for status in (PASS, WARN, FAIL, SKIP)}
+    code, seconds = int(counts[FAIL] > 0 or (args.strict and counts[WARN] > 0)), time.monotonic() - start
+    if args.json:
+        head = {"schema_version": SCHEMA_VERSION, "exit_code": code, "seconds": round(seconds, 2)}
+        print(json.dumps({**head, "checks": [line._asdict() for line in results]}, indent=2), flush=True)
+    elif args.markdown:
+        print(as_markdown(results), flush=True)
+    else:
+        words = ", ".join(f"{count} {status}" for status, count in counts.items())
+        print(f"{words} in {seconds:.1f} s", flush=True)
+    return code
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     need = parser.add_argument_group("what must be there")
-    need.add_argument("--require", choices=["cpu", "cuda", "mps", "xpu"], default="", help="device that must work (default: none)")
-    need.add_argument("--min-gpus", type=count_from_zero, default=0, metavar="N", help="number of GPUs that must be usable (default: 0)")
+    need.add_argument("--require", choices=["cpu", "cuda", "mps", "xpu"], help="device that must work (default: none)")
+    need.add_argument("--min-gpus", type=int, default=0, metavar="N", help="GPUs that must be usable (default: 0)")
     need.add_argument("--strict", action="store_true", help="a warning fails too (default: off)")
     live = parser.add_argument_group("live checks")
     live.add_argument("--quick", action="store_true", help="facts only, nothing is computed (default: off)")
-    live.add_argument("--compile", action="store_true", help="try torch.compile too, up to a minute (default: off)")
-    live.add_argument("--timeout", type=seconds_above_zero, default=120.0, metavar="S", help="limit for each child process, in seconds (default: 120)")
-    out = parser.add_argument_group("output")
-    form = out.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object on stdout (default: text)")
-    form.add_argument("--markdown", action="store_true", help="a table to paste into a bug report (default: text)")
-    out.add_argument("--redact", action="store_true", help="hide home folders, host and user names (default: off)")
-    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-def report(args: argparse.Namespace) -> int:
-    """Run everything, print it in the chosen form, and return the exit code."""
-    start = time.monotonic()
-    clean = redactor() if args.redact else str
-    results = []
-    for result in collect(args):
-        results.append(result._replace(found=clean(one_line(result.found, 600)), todo=clean(one_line(result.todo, 600))))
-        if not (args.json or args.markdown):
-            print(as_text(results[-1]), flush=True)
-    code = int(any(result.status == FAIL or (args.strict and result.status == WARN) for result in results))
-    seconds = time.monotonic() - start
-    form = as_json(results, code, seconds) if args.json else as_markdown(results) if args.markdown else summary(results, seconds)
-    print(form, flush=True)
-    return code
+    live.add_argument("--compile", action="store_true", help="try torch.compile too (default: off)")
+    live.add_argument("--timeout", type=float, default=120, metavar="S", help="seconds per child (default: 120)")
+    output = parser.add_argument_group("output").add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON object (default: text)")
+    output.add_argument("--markdown", action="store_true", help="a table for a bug report (default: text)")
+    parser.add_argument("--redact", action="store_true", help="hide home, host and user names (default: off)")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not 0 < args.timeout <= 86400 or args.min_gpus < 0:
+        parser.error("--timeout must be above 0 and at most 86400 seconds, --min-gpus 0 or more")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

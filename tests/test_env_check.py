@@ -1,0 +1,404 @@
+"""scripts/env_check.py: rules against hand-made cases, broken installations made of fake packages, one real run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "env_check.py"
+spec = importlib.util.spec_from_file_location("env_check", SCRIPT)
+assert spec is not None and spec.loader is not None
+env_check: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(env_check)
+NO_TORCH = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+
+
+@contextlib.contextmanager
+def folder(files: dict[str, str], python_path: bool = False) -> Iterator[str]:
+    """A temporary folder with these files; with `python_path`, child processes import from it first."""
+    with tempfile.TemporaryDirectory() as root:
+        root = os.path.realpath(root)
+        for name, text in files.items():
+            path = Path(root, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        with mock.patch.dict(os.environ, {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"} if python_path else {}):
+            yield root
+
+
+def call(*argv: str) -> tuple[int, str]:
+    """Run main in this process and return (exit code, stdout)."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = env_check.main(list(argv))
+    return code, out.getvalue()
+
+
+def healthy(group: str, command: list[str], timeout: float) -> tuple[list[Any], list[str]]:
+    """Stand in for the child processes of a machine with a CPU only."""
+    facts = ["torch", "CUDA"] if group == "torch" else [f"{group}: speed"]
+    return [env_check.result(name, f"{name} is fine") for name in facts], ["cpu"] if group == "torch" else []
+
+
+def checks(*statuses: str) -> Any:
+    """Replace everything by these statuses, so that exit codes depend on nothing else."""
+    lines = [env_check.Result(status, f"line {i}", "found | <it>", "" if status == "PASS" else "do it")
+             for i, status in enumerate(statuses)]  # fmt: skip
+    return mock.patch.object(env_check, "collect", lambda args: iter(lines))
+
+
+class ExitCodes(unittest.TestCase):
+    def test_statuses_decide(self) -> None:
+        for statuses, argv, wanted in (
+            (["PASS", "SKIP"], [], 0), (["PASS", "WARN"], [], 0), (["PASS", "WARN"], ["--strict"], 1),
+            (["PASS", "SKIP"], ["--strict"], 0), (["FAIL", "PASS"], [], 1), (["FAIL", "WARN"], ["--json"], 1),
+        ):  # fmt: skip
+            with self.subTest(statuses=statuses, argv=argv), checks(*statuses):
+                self.assertEqual(call(*argv)[0], wanted)
+
+    def test_wrong_usage_is_2(self) -> None:
+        for argv in (["--timeout", "0"], ["--timeout", "nan"], ["--min-gpus", "-1"], ["--require", "tpu"],
+                     ["--json", "--markdown"], ["extra"]):  # fmt: skip
+            with self.subTest(argv=argv), contextlib.redirect_stderr(io.StringIO()) as err:
+                with self.assertRaises(SystemExit) as stopped:
+                    env_check.main(argv)
+                self.assertEqual(stopped.exception.code, 2)
+                self.assertIn("error:", err.getvalue())
+
+    def test_require_and_min_gpus(self) -> None:
+        with mock.patch.object(env_check, "HOST_CHECKS", []), mock.patch.object(env_check, "run_group", healthy):
+            self.assertEqual(call("--require", "cpu")[0], 0)
+            code, text = call("--require", "cuda", "--quick")
+            self.assertEqual(code, 1)
+            self.assertIn("CUDA is fine", text)  # the reason stands in the line
+            self.assertEqual(call("--min-gpus", "1")[0], 1)
+        two = list(env_check.check_wanted("cuda", 2, ["cpu", "cuda:0", "cuda:1"], healthy("torch", [], 1)[0]))
+        self.assertEqual([line.status for line in two], ["PASS", "PASS"])
+
+    def test_a_raising_check_is_one_line(self) -> None:
+        def check_nothing_good() -> None:
+            raise OSError("first\nsecond")
+
+        host = mock.patch.object(env_check, "HOST_CHECKS", [check_nothing_good])
+        with host, mock.patch.object(env_check, "run_group", healthy):
+            code, text = call("--quick")
+        self.assertEqual(code, 1)
+        self.assertIn(f"FAIL  {'nothing good':<24} OSError: first second\n      -> ", text)
+
+
+class Forms(unittest.TestCase):
+    def test_json(self) -> None:
+        with checks("PASS", "WARN"):
+            data = json.loads(call("--json")[1])
+        self.assertEqual((data["schema_version"], data["exit_code"]), (1, 0))
+        self.assertEqual(data["checks"][1],
+                         {"status": "WARN", "name": "line 1", "found": "found | <it>", "todo": "do it"})  # fmt: skip
+
+    def test_markdown_escapes(self) -> None:
+        with checks("WARN"):
+            lines = call("--markdown")[1].splitlines()
+        self.assertEqual(lines[2:], ["| WARN | line 0 | found \\| &lt;it&gt; | do it |"])
+        self.assertEqual(lines[1].count("---"), 4)
+
+    def test_redact(self) -> None:
+        env = {"HOME": "/data/people/alice", "USER": "alice", "LOGNAME": "alice", "MASTER_ADDR": "node7.example"}
+        with mock.patch.dict(os.environ, env), mock.patch("socket.gethostname", lambda: "wonder.land"):
+            clean = env_check.redactor()
+        for text, wanted in {
+            "/data/people/alice/venv/bin/python": "~/venv/bin/python",
+            "/data/people/alicia/x": "/data/people/alicia/x",
+            "/home/bob/x, /Users/carol/y": "~/x, ~/y",
+            "MASTER_ADDR='node7.example' on Wonder.land or wonder": "MASTER_ADDR='(host)' on (host) or (host)",
+            "by alice; malice": "by (user); malice",
+        }.items():
+            self.assertEqual(clean(text), wanted)
+
+    def test_redact_reaches_found_and_todo(self) -> None:
+        line = env_check.Result("WARN", "x", "/data/alice/a", "see /data/alice/b")
+        home = mock.patch.dict(os.environ, {"HOME": "/data/alice"})
+        with home, mock.patch.object(env_check, "collect", lambda args: iter([line])):
+            self.assertNotIn("alice", call("--redact")[1])
+            self.assertIn("alice", call()[1])
+
+    def test_home_at_the_root_is_left_alone(self) -> None:
+        with mock.patch.dict(os.environ, {"HOME": "/"}):
+            self.assertEqual(env_check.redactor()("/usr/bin/g++"), "/usr/bin/g++")
+
+    def test_closed_stdout_leaves_no_traceback(self) -> None:
+        with folder({"torch/__init__.py": NO_TORCH}, python_path=True):
+            command, pipe = [sys.executable, str(SCRIPT), "--quick"], subprocess.PIPE
+            child = subprocess.Popen(command, stdout=pipe, stderr=pipe)
+            assert child.stdout is not None
+            child.stdout.close()
+            child.stdout = None
+            _, err = child.communicate(timeout=60)
+        self.assertEqual((child.returncode, err), (141, b""))
+
+
+class Machine(unittest.TestCase):
+    def test_cgroup_limits(self) -> None:
+        inf = float("inf")
+        for files, groups, wanted in (
+            ({"a/cpu.max": "150000 100000", "a/memory.max": "max"}, "0::/a\n", (1.5, inf)),
+            ({"a/cpu.max": "400000 100000", "a/b/cpu.max": "max 100000", "a/memory.max": "1024"}, "0::/a/b\n",
+             (4, 1024)),
+            ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, "1:cpu:/docker/1\n",
+             (0.5, inf)),
+            ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n",
+              "memory/memory.limit_in_bytes": "9223372036854771712\n"}, "1:cpu:/\n2:memory:/\n", (inf, inf)),
+        ):  # fmt: skip
+            with self.subTest(files=files), folder({**files, "self": groups}) as root:
+                self.assertEqual(env_check.cgroup_limits(root, f"{root}/self"), wanted)
+        self.assertEqual(env_check.cgroup_limits("/none", "/none"), (inf, inf))
+
+    def test_threads_against_cpus_and_quota(self) -> None:
+        quota = mock.patch.object(env_check, "cgroup_limits", lambda: (1.5, float("inf")))
+        affinity = mock.patch.object(os, "sched_getaffinity", lambda pid: set(range(8)), create=True)
+        cases = {"64": "WARN", "3": "WARN", "2": "PASS", "two": "WARN", "0": "WARN", "2,1": "PASS"}
+        for value, wanted in cases.items():
+            with self.subTest(value=value), quota, affinity, mock.patch.dict(os.environ, {"OMP_NUM_THREADS": value}):
+                self.assertEqual(env_check.check_thread_settings().status, wanted)
+
+    def test_distributed_variables(self) -> None:
+        good = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}
+        self.assertEqual(env_check.distributed_problem(good), "")
+        for change, word in (
+            ({"MASTER_ADDR": ""}, "MASTER_ADDR missing"), ({"RANK": "4"}, "RANK 4 is not below WORLD_SIZE 4"),
+            ({"LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK 1"), ({"MASTER_PORT": "70000"}, "MASTER_PORT"),
+            ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"), ({"LOCAL_WORLD_SIZE": "8"}, "above WORLD_SIZE"),
+        ):  # fmt: skip
+            with self.subTest(change=change):
+                self.assertIn(word, env_check.distributed_problem({**good, **change}))
+        with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "RANK": "0"}):
+            self.assertEqual(env_check.check_distributed_variables().status, "FAIL")
+        with mock.patch.dict(os.environ, {"MASTER_ADDR": "h"}):
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+                os.environ.pop(name, None)
+            self.assertEqual(env_check.check_distributed_variables().status, "PASS")
+
+    def test_visible_devices(self) -> None:
+        for value, gpus, wanted in (
+            ("", 0, "PASS"), ("", 1, "WARN"), ("-1", 1, "WARN"), ("0,1", 2, "PASS"), ("0,2", 2, "WARN"),
+            ("0,0", 2, "WARN"), ("cuda:0", 0, "WARN"), ("GPU-ab12", 1, "PASS"),
+        ):  # fmt: skip
+            present = mock.patch.object(env_check, "nvidia_gpus", lambda gpus=gpus: (["GPU"] * gpus, "580"))
+            with self.subTest(value=value), present, mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": value}):
+                self.assertEqual(env_check.check_visible_devices().status, wanted)
+
+    def test_hidden_modules(self) -> None:
+        handing_over = (
+            "import importlib.util, os, sys, sysconfig\n"
+            "path = os.path.join(sysconfig.get_path('stdlib'), 'profile.py')\n"
+            "spec = importlib.util.spec_from_file_location('profile', path)\n"
+            "sys.modules[__name__] = module = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(module)\n"
+        )
+        with mock.patch.object(env_check, "HERE", "/nonexistent"):
+            for files, wanted in (
+                ({"profile.py": handing_over, "mine.py": "", "json/readme": ""}, "PASS"),
+                ({"profile.py": "x = 1"}, "WARN"), ({"queue.py": "raise SystemExit"}, "WARN"),
+                ({"email/__init__.py": ""}, "WARN"), ({"torch.py": ""}, "WARN"), ({"sys.py": ""}, "PASS"),
+            ):  # fmt: skip
+                with self.subTest(files=list(files)), folder(files, python_path=True):
+                    self.assertEqual(env_check.check_hidden_modules().status, wanted)
+
+
+class Torch(unittest.TestCase):
+    def setUp(self) -> None:
+        patch = mock.patch.object(env_check, "torch", None)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def run_with(self, files: dict[str, str], *argv: str) -> tuple[int, dict[str, dict[str, str]]]:
+        with folder(files, python_path=True), mock.patch.object(env_check, "HOST_CHECKS", []):
+            code, text = call("--json", *argv)
+        return code, {line["name"]: line for line in json.loads(text)["checks"]}
+
+    def test_torch_missing_broken_or_not_torch(self) -> None:
+        for text, found, todo in (
+            (NO_TORCH, "not installed", "pip install torch torchvision"),
+            ("raise ImportError('libcudart.so.13: cannot open')", "libcudart.so.13", "--force-reinstall"),
+            ("", "no attribute '__version__'", "no file named torch"),
+            ("import sys; sys.exit(3)", "SystemExit", "new virtual environment"),
+            ("__version__ = '2.9.1'", "2.9.1", "pip install -U"),
+            ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "Segmentation fault", "new virtual"),
+        ):
+            with self.subTest(text=text):
+                code, lines = self.run_with({"torch/__init__.py": text})
+                self.assertEqual((code, lines["torch"]["status"], lines["live checks"]["status"]), (1, "FAIL", "SKIP"))
+                self.assertIn(found, lines["torch"]["found"])
+                self.assertIn(todo, lines["torch"]["todo"])
+
+    def test_hanging_import_ends(self) -> None:
+        start = time.monotonic()
+        code, lines = self.run_with({"torch/__init__.py": "import time; time.sleep(60)"}, "--timeout", "0.5")
+        self.assertLess(time.monotonic() - start, 30)
+        self.assertEqual((code, lines["torch"]["found"][:21]), (1, "no answer within 0.5 "))
+
+    def test_a_hang_keeps_the_results_before_it(self) -> None:
+        code = (
+            "import sys, time, subprocess\n"
+            "mark = sys.argv[1]\n"
+            "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"  # keeps the pipe open
+            "print(mark + '{\"results\": [[\"PASS\", \"first\", \"%d\", \"\"]]}' % worker.pid)\n"
+            "print('noise of a library')\n"
+            "print(mark + '{\"running\": \"second\"}', flush=True)\n"
+            "print(mark + '{\"torn', end='', flush=True)\n"
+            "time.sleep(60)\n"
+        )
+        start = time.monotonic()
+        lines, devices = env_check.run_group("cpu", [sys.executable, "-c", code, env_check.MARK], 1)
+        self.assertLess(time.monotonic() - start, 30)
+        self.assertEqual([(line.status, line.name) for line in lines], [("PASS", "first"), ("FAIL", "second")])
+        self.assertEqual(devices, [])
+        stat = Path("/proc", lines[0].found, "stat")
+        for _ in range(100):  # the worker is gone too (Z: dead, and nobody has asked for its exit code)
+            alive = stat.is_file() and ") Z" not in stat.read_text()
+            if not alive:
+                break
+            time.sleep(0.05)
+        self.assertFalse(alive)
+
+    def torchvision(self, torch_version: str, requires: str, error: str) -> Any:
+        files = {
+            "torchvision/__init__.py": error,
+            "torchvision/version.py": "__version__ = '0.28.0+cu130'",
+            "torchvision/_C.so": "no library",
+            "torchvision-0.28.0.dist-info/METADATA": f"Name: torchvision\nVersion: 0.28.0\nRequires-Dist: {requires}\n",
+        }
+        kept = {name: module for name, module in sys.modules.items() if name.split(".")[0] != "torchvision"}
+        modules = mock.patch.dict(sys.modules, kept, clear=True)
+        with folder(files) as root, mock.patch.object(sys, "path", [root, *sys.path]), modules:
+            env_check.torch = SimpleNamespace(__version__=torch_version)
+            importlib.invalidate_caches()
+            return env_check.check_torchvision()
+
+    def test_torchvision_causes(self) -> None:
+        nms = "raise RuntimeError('operator torchvision::nms does not exist')"
+        line = self.torchvision("2.13.0+cpu", "torch (==2.13.0)", nms)  # the right version, but another build
+        self.assertEqual(line.status, "FAIL")
+        self.assertIn("a cu130 build of torchvision beside a cpu build of torch", line.found)
+        self.assertIn("operator torchvision::nms does not exist", line.found)
+        self.assertIn("torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu", line.todo)
+        line = self.torchvision("2.15.0+cu130", "torch (==2.13.0)", nms)
+        self.assertIn("asks for torch (==2.13.0), but torch is 2.15.0+cu130", line.found)
+        line = self.torchvision("2.13.0+cu130", "torch>=2.13.0", nms)
+        self.assertIn("does not fit", line.found)
+        self.assertIn("_C.so", line.found)  # what the loader says of the library itself
+        line = self.torchvision("2.13.0+cu130", "torch>=2.13.0", "import PIL_of_nobody")
+        self.assertEqual(line.todo, "pip install PIL_of_nobody")
+
+    def test_satisfies(self) -> None:
+        for version, requires, wanted in (
+            ("2.13.0+cpu", "torch (==2.13.0)", True), ("2.13.1", "torch==2.13.0", False),
+            ("2.15.0", "torch>=2.14.0", True), ("2.9.0", "torch>=2.14.0", False), ("2.9.0", "", True),
+        ):  # fmt: skip
+            self.assertIs(env_check.satisfies(version, requires), wanted, (version, requires))
+
+    def test_architectures(self) -> None:
+        built = ["sm_75", "sm_80", "sm_90", "sm_100", "compute_100"]
+        for capability, arches, wanted in (
+            ((7, 0), built, "FAIL"), ((7, 5), built, "PASS"), ((8, 9), built, "PASS"), ((9, 0), built, "PASS"),
+            ((10, 3), built, "PASS"), ((12, 0), built, "WARN"), ((12, 0), built[:-1], "FAIL"),
+            ((9, 0), ["sm_90a"], "PASS"), ((10, 3), ["sm_100a"], "FAIL"), ((8, 6), ["compute_80"], "WARN"),
+        ):  # fmt: skip
+            self.assertEqual(env_check.architecture_verdict(capability, arches)[0], wanted, (capability, arches))
+
+    def gpu_torch(self, cuda: str | None, usable: bool, free: int = 70) -> Any:
+        def init() -> None:
+            raise RuntimeError("CUDA unknown error")
+
+        properties = SimpleNamespace(name="H200", major=9, minor=0)
+        functions = SimpleNamespace(
+            is_available=lambda: usable, device_count=lambda: int(usable), init=init, get_arch_list=lambda: ["sm_90"],
+            get_device_properties=lambda i: properties, mem_get_info=lambda i: (free * 2**30, 80 * 2**30),
+        )  # fmt: skip
+        return SimpleNamespace(version=SimpleNamespace(cuda=cuda, hip=None), cuda=functions)
+
+    def test_cuda_against_driver(self) -> None:
+        for cuda, usable, gpus, driver, wanted, word in (
+            ("13.2", False, [], (), "PASS", "work runs on the CPU"),
+            ("13.2", True, ["H200"], (13, 0), "PASS", "1 GPU"),
+            ("13.2", False, ["H200"], (12, 8), "FAIL", "CUDA unknown error"),
+            ("13.2", False, ["H200"], (), "WARN", "H200"),
+            (None, False, ["H200"], (13, 0), "WARN", "CPU build"), (None, False, [], (), "PASS", "CPU build"),
+        ):  # fmt: skip
+            with self.subTest(cuda=cuda, usable=usable, gpus=gpus, driver=driver):
+                env_check.torch = self.gpu_torch(cuda, usable)
+                with (
+                    mock.patch.object(env_check, "nvidia_gpus", lambda gpus=gpus: (gpus, "")),
+                    mock.patch.object(env_check, "driver_cuda", lambda driver=driver: driver),
+                    mock.patch.object(env_check, "hides_all_gpus", lambda: False),
+                ):
+                    line = env_check.check_CUDA()
+                self.assertEqual(line.status, wanted)
+                self.assertIn(word, line.found)
+                if driver == (12, 8):
+                    self.assertIn("update the NVIDIA driver", line.todo)
+
+    def test_gpu_lines(self) -> None:
+        env_check.torch = self.gpu_torch("13.2", True)
+        found = "H200, 80.0 GiB, 70.0 free, capability 9.0, sm_90 in the wheel, bf16 native"
+        self.assertEqual(list(env_check.check_GPUs()), [env_check.Result("PASS", "cuda:0", found, "")])
+        env_check.torch = self.gpu_torch("13.2", True, free=3)
+        self.assertEqual(next(iter(env_check.check_GPUs())).status, "WARN")
+
+    def test_wrong_numbers_fail(self) -> None:
+        import torch
+
+        env_check.torch = torch
+
+        def work_off_by_a_percent(device: str, dtype: Any) -> Any:
+            return torch.ones(3, dtype=dtype) * (1.0 if dtype == torch.float64 else 1.01)
+
+        def work_nan(device: str, dtype: Any) -> Any:
+            return torch.ones(3, dtype=dtype) * (1.0 if dtype == torch.float64 else float("nan"))
+
+        self.assertEqual(env_check.compare("cpu", work_off_by_a_percent).status, "FAIL")
+        self.assertEqual(env_check.compare("cpu", work_nan).status, "FAIL")
+        torch.testing.assert_close(env_check.work_optimizer_step("cpu", torch.float64).detach(),
+                                   torch.tensor([0.8, -1.6], dtype=torch.float64))  # fmt: skip
+        q, k, v = torch.randn(3, 2, 4, 64, 32, generator=torch.Generator().manual_seed(0)).double()
+        torch.testing.assert_close(env_check.work_attention("cpu", torch.float64),
+                                   torch.softmax(q @ k.transpose(-2, -1) / 32**0.5, dim=-1) @ v)  # fmt: skip
+
+
+class RealRun(unittest.TestCase):
+    def test_alone_in_an_empty_folder(self) -> None:
+        with folder({"env_check.py": SCRIPT.read_text()}) as root:  # two of its children import the real torch
+            done = subprocess.run([sys.executable, "env_check.py", "--json", "--require", "cpu", "--timeout", "100"],
+                                  cwd=root, capture_output=True, text=True, timeout=240)  # fmt: skip
+            self.assertEqual(os.listdir(root), ["env_check.py"])
+        self.assertEqual(done.stderr, "")
+        lines = {line["name"]: line for line in json.loads(done.stdout)["checks"]}
+        import torch
+
+        self.assertIn(torch.__version__, lines["torch"]["found"])
+        for name in ("torch", "torchvision", "--require", "cpu: matrix product", "cpu: convolution", "cpu: attention",
+                     "cpu: optimizer step", "cpu: speed", "cpu: data loader worker",
+                     "cpu: gloo all-reduce"):  # fmt: skip
+            self.assertEqual(lines[name]["status"], "PASS", lines[name])
+        for line in lines.values():
+            self.assertEqual(line["status"] == "PASS", line["todo"] == "", line)  # and every other one says what to do
+
+    def test_names_no_package(self) -> None:
+        text = SCRIPT.read_text()
+        self.assertNotIn("torchbasics", text)
+        self.assertNotIn("import torch\n", text)  # only through importlib, in a child
+
+
+if __name__ == "__main__":
+    unittest.main()
