@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
 SCHEMA_VERSION = 1  # of --json; it grows when a key changes its meaning or goes
@@ -791,8 +791,15 @@ def report(args: argparse.Namespace) -> int:
     return code
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     need = parser.add_argument_group("what must be there")
     need.add_argument("--require", choices=["cpu", "cuda", "mps", "xpu"], help="device that must work (default: none)")
     need.add_argument("--min-gpus", type=int, default=0, metavar="N", help="GPUs that must be usable (default: 0)")

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 import torchbasics as tb
-from torchbasics.data import NORMALISATION, IMAGE_ENDINGS, channel_statistics
-from torchbasics.device import device_name, synchronize
+from torchbasics.data import NORMALISATION, channel_statistics
+from torchbasics.device import device_name, preserved_random_state, synchronize
 from torchbasics.mnist import FOLDERS, import_torchvision, is_present
 from torchbasics.optim import OPTIMIZERS, SCHEDULES
 
@@ -75,7 +75,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
 def choose_dataset(args: argparse.Namespace) -> tuple[str, str]:
     """The data set's name, and what to say if it isn't the wanted one. Damaged files are an error, never a reason to change."""
     if args.dataset != "auto":
-        if args.dataset in FOLDERS and not is_present(args.dataset, args.data_dir):
+        if args.dataset in FOLDERS and not is_present(args.dataset, args.data_dir) and sys.stderr.isatty():
             print(f"{args.dataset}: not in {args.data_dir}; downloading", file=sys.stderr)
         return args.dataset, ""
     if is_present("mnist", args.data_dir):
@@ -140,7 +140,7 @@ def build_model(name: str, facts: dict[str, Any], dropout: float) -> nn.Module:
     return tb.SimpleNet(channels * size * size, num_classes=classes)
 
 
-def build_trainer(args: argparse.Namespace, data: Data, device: torch.device, run: tb.RunDirectory) -> tb.Trainer:
+def build_trainer(args: argparse.Namespace, data: Data, device: torch.device, checkpoints: Path) -> tb.Trainer:
     model = build_model(args.model, data.facts, args.dropout).to(device)
     optimizer = tb.make_optimizer(args.optimizer, model.parameters(), args.lr, args.weight_decay)
     steps_per_epoch = -(-len(data.train) // args.accumulate)
@@ -151,7 +151,7 @@ def build_trainer(args: argparse.Namespace, data: Data, device: torch.device, ru
         compile=args.compile, accumulate=args.accumulate, clip_norm=args.clip_norm, clip_value=args.clip_value,
         averages=tb.averaged_copy(model, args.ema) if args.ema else None, nan_policy=args.nan_policy,
         early_stopping=tb.EarlyStopping(args.patience, args.min_delta) if args.patience else None,
-        checkpoint_dir=run.checkpoints, save_every=args.save_every, keep=args.keep,
+        checkpoint_dir=checkpoints, save_every=args.save_every, keep=args.keep,
         metadata={"model": args.model, "dropout": args.dropout, **data.facts})
 
 
@@ -213,6 +213,8 @@ def metrics(trainer: tb.Trainer) -> list[dict[str, Any]]:
 
 def judge(trainer: tb.Trainer, data: Data, run: tb.RunDirectory) -> dict[str, Any]:
     """The best model on the test set, looked at once: loss, accuracy, by class, confusion, and the worst mistakes as a picture."""
+    if trainer.best_epoch is None:
+        raise tb.NonFiniteLoss(f"no epoch of {trainer.epoch} had a finite validation loss, so there is no best model; lower --lr or set --clip-norm 1")
     tb.load_weights(trainer.evaluated_model, tb.load_checkpoint(run.checkpoints / "best.pt")["model_state_dict"], "best.pt")
     logits = trainer.predict(data.test)
     targets = torch.cat([targets for _, targets in data.test]).cpu()
@@ -265,15 +267,16 @@ def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def print_result(result: dict[str, Any], run: tb.RunDirectory, notice: str) -> None:
+def print_result(result: dict[str, Any], run: tb.RunDirectory, notice: str, kept: bool = True) -> None:
     print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: validation {result['best_val_accuracy']:.2%}, "
           f"test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f}) on {result['dataset']}")
     print("by class: " + "  ".join(f"{name} {share:.1%}" for name, share in result["accuracy_by_class"].items() if share is not None))
     print(f"stopped because: {result['stopped_because']}; training took {result['train_seconds']:.0f} s, "
           f"{result['samples_per_second']:,.0f} images/s")
     script = shlex.join([Path(sys.executable).name, sys.argv[0]]) if sys.argv[0].endswith(".py") else "python scripts/train_mnist.py"
-    print(f"files:    {run.path}\ncontinue: {script} --resume {shlex.quote(str(run.path))}")
-    print(f"weights:  {run.checkpoints / 'best.pt'}")
+    if kept:
+        print(f"files:    {run.path}\ncontinue: {script} --resume {shlex.quote(str(run.path))}")
+        print(f"weights:  {run.checkpoints / 'best.pt'}")
     if notice:
         print(notice)
 
@@ -290,7 +293,8 @@ def tensorboard(run: tb.RunDirectory, trainer: tb.Trainer, data: Data) -> Any:
     from torchvision.utils import make_grid
 
     writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=trainer.step)
-    inputs = trainer._to_device(next(iter(data.val))[0])
+    with preserved_random_state(trainer.device):  # a DataLoader draws a seed for its workers
+        inputs = trainer._to_device(next(iter(data.val))[0])
     writer.add_image("images", make_grid(inputs[:64].cpu(), normalize=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the graph is drawn by torch.jit.trace, which announces its own end
@@ -325,7 +329,8 @@ def number(kind: type, low: float, high: float = math.inf, strict: bool = False)
     def parse(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
+            float(value)
+        except (ValueError, OverflowError):
             value = math.nan
         if not (math.isfinite(value) and (value > low if strict else value >= low) and value <= high):
             limits = f"{'above' if strict else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
@@ -442,13 +447,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         if isinstance(error, MissingExtra):
             return 3
-        return 2 if isinstance(error, (ValueError, FileNotFoundError, ConnectionError)) else 1
+        return 2 if isinstance(error, (ValueError, FileNotFoundError)) or type(error) is ConnectionError else 1
 
 
 def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{error.filename}: {error.strerror}; older checkpoints are intact, make room or permit writing, then --resume"
+    text = str(error).strip()
+    if "Original Traceback" in text:  # from a loader's worker: its last line is the error
+        text = text.splitlines()[-1].partition(": ")[2]
+    text = " ".join(text.split()) or type(error).__name__
+    if type(error) is ConnectionError:  # of a download; not a broken pipe
+        text += "; connect to the network, put the files under --data-dir, or use --dataset digits"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or 'the output directory'}: {error.strerror}; older checkpoints are intact, make room or permit writing, then --resume"
     return text if isinstance(error, (ValueError, OSError, ImportError, tb.NonFiniteLoss)) else f"{type(error).__name__}: {text[:300]} (--debug shows where)"
 
 
@@ -458,14 +468,18 @@ def train(args: argparse.Namespace, argv: list[str] | None, stack: contextlib.Ex
     if args.dry_run:
         args.epochs, args.limit_batches = 1, 2
         args.output = stack.enter_context(tempfile.TemporaryDirectory())
-    run = stack.enter_context(tb.RunDirectory(args.output or unused_directory(args.dataset), resume=bool(args.resume), overwrite=args.overwrite))
-    if args.resume:
+    output = Path(args.output or unused_directory(args.dataset))
+    run = None if args.overwrite else stack.enter_context(tb.RunDirectory(output, resume=bool(args.resume)))
+    if run and args.resume:
         args = recorded_args(argv, args, run)
     device = tb.pick_device(args.device)
     tb.set_seed(args.seed, args.deterministic)
     stack.enter_context(torch.autograd.set_detect_anomaly(args.anomaly))
     data = load_data(args, device)
-    trainer = build_trainer(args, data, device, run)
+    trainer = build_trainer(args, data, device, output / "checkpoints")
+    if run is None:  # an earlier run is replaced only now, when the new one can start
+        run = stack.enter_context(tb.RunDirectory(output, overwrite=True))
+    data = data._replace(notice=run.info.get("notice") or data.notice)  # resumed: the data set that was chosen then
     start = trainer.resume() if args.resume else None
     report = Report(args, data, run)
     describe(args, data, trainer, run)
@@ -486,7 +500,7 @@ def train(args: argparse.Namespace, argv: list[str] | None, stack: contextlib.Ex
         "skipped_steps": trainer.skipped, "dataset": data.facts["dataset"], "notice": data.notice, "model": args.model,
         "parameters": tb.count_parameters(trainer.model)}
     run.write_info(result=result)
-    print_result(result, run, data.notice)
+    print_result(result, run, data.notice, kept=not args.dry_run)
     return 0
 
 

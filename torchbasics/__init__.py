@@ -22,7 +22,7 @@ from torchbasics.data import (
     pad_collate,
     split_dataset,
 )
-from torchbasics.device import pick_device, pick_precision, set_seed
+from torchbasics.device import check_pytorch_environment, pick_device, pick_precision, set_seed
 from torchbasics.digits import draw_digits
 from torchbasics.early_stopping import EarlyStopping
 from torchbasics.mnist import DataError
@@ -57,5 +57,53 @@ from torchbasics.trainer import (
 )
 
 __version__ = "0.1.0"
-__all__ = [name for name in dir() if not name.startswith("_") and name not in (
-    "checkpoint", "data", "device", "digits", "distributed", "early_stopping", "mnist", "models", "optim", "trainer", "demo", "monitors")]
+__all__ = [
+    "CNN",
+    "MLP",
+    "BatchOrder",
+    "CheckpointError",
+    "CheckpointFolder",
+    "CustomDataset",
+    "CustomLoss",
+    "DataError",
+    "EarlyStopping",
+    "EnsembleModel",
+    "Images",
+    "Interrupted",
+    "MNISTNet",
+    "NeuralNetwork",
+    "NonFiniteLoss",
+    "RandomAffine",
+    "RunDirectory",
+    "SeededImageFolder",
+    "SimpleNet",
+    "TensorLoader",
+    "Trainer",
+    "averaged_copy",
+    "check_pytorch_environment",
+    "compute_accuracy",
+    "count_parameters",
+    "count_parameters_by_layer",
+    "draw_digits",
+    "evaluate",
+    "folder_loader",
+    "freeze",
+    "get_transforms",
+    "init_weights",
+    "load_checkpoint",
+    "load_images",
+    "load_mnist",
+    "load_weights",
+    "make_optimizer",
+    "make_schedule",
+    "pad_collate",
+    "pick_device",
+    "pick_precision",
+    "predict",
+    "save_checkpoint",
+    "set_seed",
+    "split_dataset",
+    "unfreeze",
+    "warmup_cosine_scheduler",
+    "warmup_lr_scheduler",
+]

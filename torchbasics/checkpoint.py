@@ -16,8 +16,8 @@ import json
 import os
 import re
 import stat
-import sys
 import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +25,11 @@ from typing import Any, BinaryIO
 import torch
 
 FORMAT = 1
-PLAIN = (str, int, float, bool, type(None))
+# Exact types: a subclass, such as numpy.float64, would be written under its own name, and refused by safe loading.
+PLAIN = (str, int, float, bool, type(None), torch.Tensor, torch.nn.Parameter)
+CHECKPOINT = r"(step-\d{8,}|best)\.pt"
+RECORD = re.compile(rf"(?P<file>{CHECKPOINT})\.json")
+TEMPORARY = re.compile(rf"\.({CHECKPOINT}(\.json)?|run\.json|metrics\.jsonl)\.\d+\.tmp")
 
 
 class CheckpointError(ValueError):
@@ -48,7 +52,9 @@ class _HashingFile(io.RawIOBase):
         return len(data)
 
 
-def write_durably(path: str | os.PathLike, write: Callable[[BinaryIO], None], before_replace: Callable[[], None] | None = None) -> None:
+def write_durably(
+    path: str | os.PathLike, write: Callable[[BinaryIO], object], before_replace: Callable[[], object] | None = None
+) -> None:
     """Lets `write` fill a temporary file, then puts it in the place of `path`: whole, and on the disk, or not at all.
 
     Temporary file in the same folder → flush → fsync → `before_replace()` → os.replace → fsync of the folder.
@@ -80,10 +86,28 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _make_folder(folder: Path) -> list[Path]:
+    """Makes `folder` and what is missing above it, durably; returns those that it made, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _fsync_folder(path.parent)
+    return missing
+
+
+def _remove_stale(folder: Path) -> None:
+    """Removes what killed saves left in the run's own `folder`: temporary files, and records without their file."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            temporary, record = TEMPORARY.fullmatch(path.name), RECORD.fullmatch(path.name)
+            if temporary or (record and not (folder / record["file"]).exists()):
+                path.unlink()
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as JSON to `path`, durably."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_durably(path, lambda file: file.write(text.encode()) and None)
+    write_durably(path, lambda file: file.write(text.encode()))
 
 
 # ------------------------------------------------------------------------------------------------- the record of a file
@@ -111,7 +135,7 @@ def _read_record(path: Path) -> list[dict]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: its record {path.name}.json is missing, so its content cannot be checked; "
                               "use another checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{_record_path(path)}: damaged record ({_first_line(error)}); use another checkpoint") from None
 
 
@@ -130,17 +154,20 @@ def _open_regular(path: Path) -> BinaryIO:
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Saves `checkpoint` (tensors, and plain values in dicts, lists and tuples) as a torch file at `path`, durably.
 
-    When it returns, the file and its record are on the disk; when it raises (OSError: disk full, read-only, …;
-    TypeError: a value that safe loading would refuse), what was there before is still there and loads.
+    It needs the keys `epoch`, `model_state_dict`, `optimizer_state_dict` and `loss`, and may have any others; `format` is
+    added. When it returns, the file and its record are on the disk; when it raises (OSError: disk full, read-only, …;
+    TypeError: a value that safe loading would refuse; CheckpointError: a key is missing), what was there before is still
+    there and loads.
     """
     path = Path(path)
+    checkpoint = check_schema({"format": FORMAT, **checkpoint}, path)
     _check_plain(checkpoint, "checkpoint")
     entry: dict = {}
 
     def write(file: BinaryIO) -> None:
         hashing = _HashingFile(file)
         try:
-            torch.save(dict(checkpoint), hashing)
+            torch.save(checkpoint, hashing)  # type: ignore[arg-type]
         except RuntimeError as error:  # torch's zip writer hides the OSError of a full disk in a RuntimeError
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         entry.update(size=hashing.size, sha256=hashing.sha256.hexdigest())
@@ -153,7 +180,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> N
             with contextlib.suppress(CheckpointError, OSError):
                 entries.append(_verified(path))
         content = _record_bytes(entries)
-        write_durably(_record_path(path), lambda file: file.write(content) and None)
+        write_durably(_record_path(path), lambda file: file.write(content))
 
     write_durably(path, write, before_replace=record_first)
 
@@ -174,7 +201,10 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
     except CheckpointError:
         raise
     except Exception as error:  # whatever torch or the system say of the file: it is not usable
-        raise CheckpointError(f"{path}: unreadable ({_first_line(error)}); use another checkpoint") from error
+        # torch's text on what `weights_only` refused begins with how to load it all the same
+        refused = type(error).__name__ == "UnpicklingError"
+        reason = "holds more than tensors and plain values" if refused else _first_line(error)
+        raise CheckpointError(f"{path}: unreadable ({reason}); use another checkpoint") from error
     return check_schema(checkpoint, path)
 
 
@@ -188,7 +218,7 @@ def _check_content(path: Path, file: BinaryIO) -> dict:
     size = os.fstat(file.fileno()).st_size
     if size not in [entry["size"] for entry in entries]:
         raise CheckpointError(f"{path}: damaged: {size:,} bytes, its record says {entries[0]['size']:,}; use another checkpoint")
-    found = {"size": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)}
+    found = {"size": size, "sha256": _sha256(file)}
     if found not in entries:
         raise CheckpointError(f"{path}: damaged: its SHA-256 is not the recorded one; use another checkpoint")
     return found
@@ -207,20 +237,22 @@ def _first_line(error: BaseException) -> str:
 
 def _check_plain(value: Any, where: str) -> None:
     """What `weights_only` loading would refuse is refused before it is written, by name."""
-    if isinstance(value, Mapping):
+    if type(value) in (dict, OrderedDict, Counter):  # a Counter is in MultiStepLR's state
         for key, item in value.items():
-            if not isinstance(key, (str, int)):
+            if type(key) not in (str, int):
                 raise TypeError(f"{where}: a key must be a string or an int, got {type(key).__name__}")
             _check_plain(item, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
+    elif type(value) in (list, tuple, torch.Size):
         for index, item in enumerate(value):
             _check_plain(item, f"{where}[{index}]")
-    elif not isinstance(value, (torch.Tensor, *PLAIN)):
-        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
+    elif type(value) not in PLAIN:
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only: "
+                        "convert it, e.g. by float(…) or dict(…)")
 
 
 SCHEMA: dict[str, type | tuple[type, ...]] = {
-    "format": int, "epoch": int, "step": int, "model_state_dict": dict, "optimizer_state_dict": dict, "loss": (float, type(None)),
+    "format": int, "epoch": int, "model_state_dict": dict, "optimizer_state_dict": dict,
+    "loss": (float, int, type(None)),
 }
 
 
@@ -228,13 +260,14 @@ def check_schema(checkpoint: Any, path: str | os.PathLike) -> dict[str, Any]:
     """Returns `checkpoint` if it has the keys and types of our format, else raises CheckpointError naming the key."""
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, expected a dict with {', '.join(SCHEMA)}")
+    if checkpoint.get("format", FORMAT) != FORMAT:  # first: another format may have other keys
+        raise CheckpointError(f"{path}: format {checkpoint['format']!r}, this version of torchbasics reads {FORMAT}; "
+                              "use the version that wrote it, or a newer one")
     for key, kind in SCHEMA.items():
         if key not in checkpoint:
             raise CheckpointError(f"{path}: the key {key!r} is missing; not a checkpoint of this format")
         if not isinstance(checkpoint[key], kind):
             raise CheckpointError(f"{path}: {key!r} is a {type(checkpoint[key]).__name__}; not a checkpoint of this format")
-    if checkpoint["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {checkpoint['format']}, this version of torchbasics reads {FORMAT}; update torchbasics")
     for name, tensor in checkpoint["model_state_dict"].items():
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path}: model_state_dict[{name!r}] is a {type(tensor).__name__}, expected a tensor")
@@ -244,28 +277,35 @@ def check_schema(checkpoint: Any, path: str | os.PathLike) -> dict[str, Any]:
 def bare_model(model: torch.nn.Module) -> torch.nn.Module:
     """The module inside the wrappers of DataParallel, DistributedDataParallel and torch.compile, at any nesting."""
     wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    inner: Any = model
     while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        if isinstance(inner, wrappers):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
         else:
-            return model
+            return inner
 
 
 def bare_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """`model`'s state dict under the names that the plain model has: no `module.`, no `_orig_mod.` of a compiled part."""
-    state = bare_model(model).state_dict()
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    return _without(("_orig_mod",), bare_model(model).state_dict())
+
+
+def _without(wrappers: tuple[str, ...], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with the wrappers' parts taken out of its names, wherever they stand; as it is if two would collide."""
+    bare = {".".join(part for part in name.split(".") if part not in wrappers): state[name] for name in state}
+    return bare if len(bare) == len(state) else dict(state)
 
 
 def load_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str = "checkpoint") -> None:
-    """Loads `state` into `model`; wrappers' prefixes on either side don't matter. ValueError names the first wrong key."""
-    model = bare_model(model)
-    own = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    given = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
-    while given and given.keys() != own.keys() and all(name.startswith("module.") for name in given):
-        given = {name[len("module."):]: tensor for name, tensor in given.items()}
+    """Loads `state` into `model`; wrappers' prefixes on either side don't matter.
+
+    Raises CheckpointError, which names the first key that differs, before anything is changed.
+    """
+    own, given = _without(("_orig_mod",), bare_model(model).state_dict(keep_vars=True)), _without(("_orig_mod",), state)
+    if own.keys() != given.keys():  # a name `module` may be the model's own, so it is taken away only if need be
+        own, given = _without(("_orig_mod", "module"), own), _without(("_orig_mod", "module"), given)
     problem = _first_difference(own, given)
     if problem:
         raise CheckpointError(f"{where}: of another model: {problem}")
@@ -312,22 +352,24 @@ class CheckpointFolder:
 
     def save(self, checkpoint: Mapping[str, Any]) -> Path:
         """Saves under the checkpoint's step, then removes the oldest beyond `keep`. Returns the path."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.folder)
         path = self.folder / f"step-{checkpoint['step']:08d}.pt"
         save_checkpoint(checkpoint, path)
-        self._prune()
+        self._prune(checkpoint["step"])
         return path
 
     def save_best(self, checkpoint: Mapping[str, Any]) -> None:
         """Saves as `best.pt`; the former one stays until the new one is whole."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.folder)
         save_checkpoint(checkpoint, self.best)
 
-    def _prune(self) -> None:
-        for _, path in self.steps()[: -self.keep]:
+    def _prune(self, newest: int) -> None:
+        # Those beyond `newest` don't count: they are damaged ones that were passed over, and would push out the intact.
+        for _, path in [found for found in self.steps() if found[0] <= newest][: -self.keep]:
             with contextlib.suppress(OSError):  # a file that cannot be removed costs room, not the run
                 path.unlink()
                 _record_path(path).unlink()
+        _remove_stale(self.folder)
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest intact checkpoint; None if there is none at all.
@@ -364,18 +406,19 @@ class RunDirectory:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.info: dict[str, Any] = {}
+        self._made: list[Path] = []
         if resume and not (self.path / "run.json").is_file():
             raise ValueError(f"{self.path}: nothing to resume here (no run.json); give the directory of an earlier run")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._made = _make_folder(self.path)
             self._lock = _hold(self.path / ".lock")
+            try:
+                self._open(resume, overwrite)
+            except BaseException:
+                self.close()
+                raise
         except OSError as error:
             raise ValueError(f"{self.path}: cannot write there ({error.strerror}); choose another --output") from None
-        try:
-            self._open(resume, overwrite)
-        except BaseException:
-            self.close()
-            raise
 
     def _open(self, resume: bool, overwrite: bool) -> None:
         used = [name for name in ("run.json", "metrics.jsonl", "checkpoints") if (self.path / name).exists()]
@@ -386,11 +429,19 @@ class RunDirectory:
                              "or another --output")
         elif used:
             self._clear()
+        _remove_stale(self.path)
+        _remove_stale(self.checkpoints)
 
     def _clear(self) -> None:
         """Removes what a run writes, by our own names only."""
-        for path in (*self.checkpoints.glob("step-*.pt*"), *self.checkpoints.glob("best.pt*"), self.path / "run.json", self.path / "metrics.jsonl"):
-            path.unlink(missing_ok=True)
+        ours = re.compile(rf"{CHECKPOINT}(\.json)?")
+        if self.checkpoints.is_dir():
+            for path in [path for path in self.checkpoints.iterdir() if ours.fullmatch(path.name)]:
+                path.unlink()
+            with contextlib.suppress(OSError):  # something else is in it
+                self.checkpoints.rmdir()
+        for name in ("metrics.jsonl", "run.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def write_info(self, **more: Any) -> None:
         """Adds `more` to `run.json`."""
@@ -400,10 +451,16 @@ class RunDirectory:
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Makes `metrics.jsonl` hold exactly `rows`, one line each: as it was saved, whatever a killed run left."""
         content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
-        write_durably(self.path / "metrics.jsonl", lambda file: file.write(content) and None)
+        write_durably(self.path / "metrics.jsonl", lambda file: file.write(content))
 
     def close(self) -> None:
-        """Lets the directory go."""
+        """Lets the directory go; if it was made for this run and nothing was written, it is removed."""
+        with contextlib.suppress(OSError):
+            if self._made and os.listdir(self.path) == [".lock"]:
+                (self.path / ".lock").unlink()
+                for path in self._made:
+                    path.rmdir()
+        self._made = []
         _let_go(self._lock)
 
     def __enter__(self) -> RunDirectory:
@@ -441,6 +498,8 @@ def _hold(path: Path) -> str:
         import fcntl
 
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):  # its last holder has just removed it
+            raise FileNotFoundError
     except ImportError:  # Windows
         _lock_windows(handle, taken)
     except OSError:

@@ -7,6 +7,7 @@ whatever order, on one process or many, before or after a resume.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -19,10 +20,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, random_split
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate, random_split
 
 from torchbasics import digits, distributed
-from torchbasics.mnist import CLASSES, DataError, download_mnist, import_torchvision, is_present, read_mnist
+from torchbasics.mnist import CLASSES, DataError, download_mnist, import_torchvision, missing_files, read_mnist
 
 NORMALISATION = {"mnist": ((0.1307,), (0.3081,))}  # of the 60,000 training images; the others' are computed when loaded
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -56,7 +57,7 @@ def load_images(name: str, data_dir: str | os.PathLike = "./data", train: bool =
     if name == "digits":
         inputs, targets = digits.draw_digits(60_000 if train else 10_000, seed=0 if train else 1)
         return Images(inputs, targets, CLASSES["mnist"])
-    if download and not is_present(name, data_dir):
+    if download and missing_files(name, data_dir, train):
         download_mnist(name, data_dir)
     inputs, targets = read_mnist(name, data_dir, train)
     return Images(inputs, targets, CLASSES[name])
@@ -70,10 +71,10 @@ def channel_statistics(inputs: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in inputs.unbind(1):
-        share = torch.bincount(channel.reshape(-1), minlength=256).double() / channel.numel()
-        mean = float(share.cpu() @ values)
+        share = torch.bincount(channel.reshape(-1), minlength=256).cpu().double() / channel.numel()
+        mean = float(share @ values)
         means.append(mean)
-        stds.append(math.sqrt(float(share.cpu() @ (values - mean) ** 2)) or 1.0)
+        stds.append(math.sqrt(float(share @ (values - mean) ** 2)) or 1.0)
     return tuple(means), tuple(stds)
 
 
@@ -186,6 +187,8 @@ class RandomAffine:
 
     def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
         """Returns the changed images, float (B, C, H, W)."""
+        if not len(inputs):  # a process's part of a small batch may be empty; affine_grid refuses that
+            return inputs
         height, width = inputs.shape[-2:]
         cos, sin = torch.cos(draws[:, 0] * self.radians), torch.sin(draws[:, 0] * self.radians)
         # affine_grid takes the map from output to input, in coordinates where the image reaches from -1 to 1
@@ -217,6 +220,11 @@ class TensorLoader:
             raise ValueError(f"{len(inputs)} inputs for {len(targets)} targets; expected as many")
         if augment is not None and inputs.dim() != 4:
             raise ValueError(f"augmentation needs images (N, C, H, W), got shape {tuple(inputs.shape)}")
+        if len(mean) != len(std) or len(mean) not in {1, *inputs.shape[1:2]}:
+            raise ValueError(f"mean and std need one number, or one a channel; got {len(mean)} and {len(std)} "
+                             f"for inputs {tuple(inputs.shape)}")
+        if min(std) <= 0:
+            raise ValueError(f"std must be positive, got {tuple(std)}")
         self.device = torch.device(device)
         self.inputs, self.targets, self.augment = inputs.to(self.device), targets.to(self.device), augment
         self.batches = BatchOrder(
@@ -266,7 +274,7 @@ class SeededImageFolder(Dataset):
 
     def __init__(self, root: str | os.PathLike, transform: Callable | None = None, *, seed: int = 0, mode: str | None = None) -> None:
         self.root, self.transform, self.seed = Path(root), transform, seed
-        folders = sorted(path for path in _entries(self.root) if path.is_dir())
+        folders = sorted(path for path in _entries(self.root) if path.is_dir() and not path.name.startswith("."))
         self.classes = tuple(path.name for path in folders)
         self.samples = [
             (path, index) for index, folder in enumerate(folders) for path in sorted(_entries(folder))
@@ -282,6 +290,7 @@ class SeededImageFolder(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, int]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
+        index = range(len(self))[index]  # an int whatever kind it was, and -1 is the same sample as the last
         image = self._open(index).convert(self.mode)
         if self.transform is not None:
             with seeded(mix_seed(self.seed, epoch, index)):
@@ -344,7 +353,12 @@ def folder_loader(
     order = BatchOrder(len(indices), batch_size, shuffle=shuffle, seed=seed, limit_batches=limit_batches)
     return DataLoader(
         folder, batch_sampler=FolderBatches(indices, order), num_workers=num_workers, pin_memory=pin_memory,
-        persistent_workers=num_workers > 0)
+        persistent_workers=num_workers > 0, collate_fn=functools.partial(_collate_part, folder))
+
+
+def _collate_part(folder: SeededImageFolder, samples: list) -> Any:
+    """default_collate; for a process whose part of a batch is empty, tensors of no samples."""
+    return default_collate(samples) if samples else [part[:0] for part in default_collate([folder[0]])]
 
 
 # ------------------------------------------------------------------------------- splits, collating, transforms, a Dataset
@@ -353,18 +367,25 @@ def folder_loader(
 def split_dataset(
     dataset: Dataset, fractions: Sequence[float] = (0.8, 0.1, 0.1), seed: int = 42, labels: Sequence[int] | Tensor | None = None
 ) -> list[Subset]:
-    """Splits `dataset` into disjoint random parts by torch's random_split; with `labels`, each class by itself (stratified)."""
+    """Splits `dataset` into disjoint random parts by torch's random_split; with `labels`, each class alike (stratified).
+
+    The parts' sizes are their `fractions` of the whole, to less than one sample; in each class, to a sample or two.
+    """
+    if min(fractions, default=0) <= 0 or not math.isclose(sum(fractions), 1):
+        raise ValueError(f"fractions must be positive and add up to 1, got {tuple(fractions)}")
     if labels is None:
         return random_split(dataset, fractions, generator=torch.Generator().manual_seed(seed))
     labels = torch.as_tensor(labels)
     if len(labels) != len(dataset):  # type: ignore[arg-type]
         raise ValueError(f"{len(labels)} labels for {len(dataset)} samples; expected as many")  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
+    by_class = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    shuffled = torch.cat([members[torch.randperm(len(members), generator=generator)] for members in by_class])
     parts: list[list[int]] = [[] for _ in fractions]
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero().flatten().tolist()
-        for part, subset in zip(parts, random_split(members, fractions, generator=generator), strict=True):  # type: ignore[arg-type]
-            part += [members[i] for i in subset.indices]
+    for count, index in enumerate(shuffled.tolist(), start=1):
+        # To the part furthest behind its share. Splitting class by class would give all roundings to the first part.
+        behind = [count * fraction - len(part) for fraction, part in zip(fractions, parts, strict=True)]
+        parts[behind.index(max(behind))].append(index)
     return [Subset(dataset, sorted(part)) for part in parts]
 
 

@@ -31,9 +31,9 @@ import random
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -82,6 +82,13 @@ def show_error(label: str, call: Callable[[], Any], error: type[Exception], mess
     _record(label, textwrap.shorten(actual.strip().splitlines()[0], 150, placeholder=" ..."), expected)
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 @dataclass(frozen=True)
 class Section:
     """One lesson: its name ("topic.thing"), coverage IDs, and function, which gets the device if it takes one."""
@@ -115,9 +122,12 @@ class Sections:
 
         return add
 
-    def run(self, argv: list[str] | None = None) -> int:
-        """Run the sections that the arguments name; return 0 if all passed, 1 if one failed, 2 for bad arguments."""
-        args = self._parse_args(argv)
+    def run(self, argv: list[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> int:
+        """Run the sections that the arguments name; return 0 if all passed, 1 if one failed, 2 for bad arguments.
+
+        `parents` are argparse's: parsers of options that the script itself looks at.
+        """
+        args = self._parse_args(argv, parents)
         try:
             code = self._run(args)
             sys.stdout.flush()
@@ -143,9 +153,11 @@ class Sections:
             print(json.dumps({"passed": all(r["passed"] for r in results), "sections": results}))
         return 0 if all(r["passed"] for r in results) else 1
 
-    def _parse_args(self, argv: list[str] | None) -> argparse.Namespace:
-        parser = argparse.ArgumentParser(
-            description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
+    def _parse_args(
+        self, argv: list[str] | None, parents: Sequence[argparse.ArgumentParser]
+    ) -> argparse.Namespace:
+        parser = _Parser(
+            description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter, parents=list(parents)
         )
         parser.add_argument("--list", action="store_true", help="list the sections with their coverage IDs, and stop")
         parser.add_argument(

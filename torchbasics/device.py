@@ -95,7 +95,7 @@ def random_state(device: torch.device) -> dict:
     """The state of all global generators, as tensors and plain values (so that `weights_only` loading reads it)."""
     state = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if device.type != "cpu":
-        state[device.type] = getattr(torch, device.type).get_rng_state()
+        state[device.type] = getattr(torch, device.type).get_rng_state(*_which(device))
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
         state["numpy"] = (str(name), keys.tolist(), *(float(x) if isinstance(x, float) else int(x) for x in rest))
@@ -108,7 +108,7 @@ def set_random_state(state: dict, device: torch.device) -> None:
     random.setstate((version, tuple(keys), gauss))
     torch.set_rng_state(state["torch"].cpu())
     if device.type in state:
-        getattr(torch, device.type).set_rng_state(state[device.type].cpu())
+        getattr(torch, device.type).set_rng_state(state[device.type].cpu(), *_which(device))
     if "numpy" in state and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(state["numpy"])
 
@@ -143,4 +143,23 @@ def _cpu_name() -> str:
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done all work given to it (needed before reading a clock)."""
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+        getattr(torch, device.type).synchronize(*_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """The argument of torch's functions on one device: `cuda:1` need not be the current one; MPS has one only."""
+    return () if device.type == "mps" else (device,)
+
+
+def check_pytorch_environment() -> torch.device:
+    """Prints what there is to compute with, in five lines, and returns the device that `auto` means here.
+
+    The long form, which also says what to mend, is `scripts/env_check.py`.
+    """
+    device = pick_device()
+    print(f"torch      {torch.__version__} (CUDA build {torch.version.cuda or 'none'}), Python {platform.python_version()}")
+    print(f"device     {device}: {device_name(device)}")
+    print("others     " + (", ".join(f"{kind} × {_device_count(kind)}" for kind in DEVICES[1:] if _device_count(kind)) or "none"))
+    print(f"precision  {pick_precision('auto', device)} (bf16 {'native' if bf16_is_native(device) else 'emulated'})")
+    print(f"threads    {torch.get_num_threads()} of {os.cpu_count()} processors")
+    return device

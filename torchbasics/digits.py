@@ -24,10 +24,11 @@ BOX = 20  # pixels, of the box that the ink fills
 CHUNK = 500  # images drawn from one generator
 PARTS = 50  # images rendered at a time: few enough that the distances stay in the processor's cache
 POINTS = 96  # pen positions along one digit
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-# Skeletons. `digit: [(share, [shape, ...]), ...]`. A shape is "x,y x,y ... / x,y ..."; x runs right and y down, 100 is the
-# height of a digit; "/" lifts the pen; "!" marks a corner. All shapes in one list have the same points in the same
-# order, so that anything between two of them is a digit too.
+# Skeletons, written down by hand: `digit: [(share, [shape, ...]), ...]`. A shape is "x,y x,y ... / x,y ..."; x runs
+# right and y down, 100 is the height of a digit; "/" lifts the pen; "!" marks a corner. All shapes in one list have the
+# same points in the same order, so that anything between two of them is a digit too.
 SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
     0: [
         (6, ["40,0 18,10 3,38 5,70 25,97 50,98 70,75 75,45 65,12 42,0",  # closed
@@ -36,26 +37,33 @@ SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
              "62,8 35,4 10,28 3,62 18,94 45,97 68,74 76,40 70,16 50,14"]),  # starts at the right
         (1, ["55,10 30,0 5,30 2,65 20,98 48,98 70,70 74,35 62,8 45,4",  # open
              "30,12 12,25 3,50 8,82 28,98 50,95 66,70 70,40 60,10 40,5"]),
+        (0.3, ["40,2 16,14 2,50 8,84 32,99 58,88 70,52 60,14 36,10 30,34 26,60",  # ends inside
+               "36,4 14,20 4,54 10,86 36,98 60,82 68,46 54,6 30,4 36,30 50,54"]),
     ],
     1: [
         (9, ["30,0 30,35 30,65 30,100", "28,0 32,35 32,65 28,100", "32,0 28,35 29,65 33,100"]),
-        (1, ["10,22 30,0! 31,50 30,100", "16,12 32,0! 31,50 31,100", "5,30 34,0! 32,50 33,100"]),
-        (0.6, ["10,22 30,0! 31,50 30,100 / 5,98 30,100 58,98", "14,16 32,0! 30,50 30,100 / 10,100 32,99 52,100"]),
+        (1.2, ["10,22 30,0! 31,50 30,100", "16,12 32,0! 31,50 31,100", "2,38 34,0! 32,50 33,100"]),
+        (1, ["10,22 30,0! 31,50 30,100 / 5,98 30,100 58,98", "14,16 32,0! 30,50 30,100 / 10,100 32,99 52,100"]),
     ],
     2: [
         (5, ["6,24 18,5 42,0 60,14 58,36 38,66 4,97! 36,95 72,96",  # a corner at the foot
              "2,18 22,2 48,3 58,20 50,42 28,70 2,96! 36,96 68,92",
-             "12,30 14,6 40,0 62,12 62,36 40,64 6,94! 38,90 76,98"]),
+             "12,30 14,6 40,0 62,12 62,36 40,64 6,94! 38,90 76,98",
+             "2,16 12,2 28,0 40,10 40,34 26,64 2,92! 20,92 44,94",
+             "18,22 22,6 38,0 52,12 46,40 26,70 4,92! 54,84 100,84"]),
         (5, ["6,22 22,3 46,2 58,20 50,48 30,78 10,96 2,86 14,76 38,88 76,94",  # a loop at the foot
              "10,28 20,4 48,0 64,18 56,48 32,78 10,98 0,88 12,74 40,84 80,90",
              "2,14 24,2 48,8 54,28 44,54 24,84 6,94 8,86 20,84 42,92 74,86"]),
         (1.5, ["4,6 22,4 58,4! 48,28 26,66 4,96! 34,95 66,95", "2,10 20,6 54,2! 44,30 24,64 2,94! 34,92 70,90"]),  # Z
-        (2, ["8,30 14,6 40,0 56,16 50,46 32,76 12,88 0,76 8,62 32,72 62,98",  # the tail falls
+        (2.5, ["8,30 14,6 40,0 56,16 50,46 32,76 12,88 0,76 8,62 32,72 62,98",  # the tail falls
              "2,18 18,2 44,6 52,22 44,50 28,80 10,86 6,72 18,64 40,76 60,100",
-             "14,16 20,2 40,0 50,18 42,56 26,88 8,92 2,76 14,66 34,74 50,84"]),
+             "14,16 20,2 40,0 50,18 42,56 26,88 8,92 2,76 14,66 34,74 50,84",
+             "4,14 16,0 34,4 38,26 32,56 20,84 6,92 2,78 12,66 26,74 38,88",
+             "14,16 20,4 34,0 42,14 38,46 28,80 10,100 0,88 6,74 28,68 62,56"]),
         (2, ["38,26 14,30 10,10 32,0 54,14 52,40 30,74 10,96 0,84 14,74 42,86 74,92",  # curls at both ends
              "26,34 8,24 18,4 42,0 60,18 54,46 32,78 8,98 2,86 16,78 44,90 80,84",
-             "30,22 12,34 2,18 20,0 46,6 50,36 34,72 12,92 2,82 12,68 36,80 60,96"]),
+             "30,22 12,34 2,18 20,0 46,6 50,36 34,72 12,92 2,82 12,68 36,80 60,96",
+             "20,34 6,20 12,6 34,0 56,14 50,44 28,78 8,98 0,82 14,70 40,82 52,100"]),
     ],
     3: [
         (6, ["5,14 24,1 50,6 54,26 38,42 20,47! 46,50 64,68 54,92 28,100 2,88",
@@ -74,8 +82,8 @@ SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
              "8,6 4,30 4,56! 34,58 66,54 / 54,12 50,52 44,100",
              "18,0 10,22 2,48! 34,50 70,50 / 58,18 54,56 52,100"]),
         (3, ["10,4 6,26 4,48! 30,52 52,44 60,4! 56,50 50,100",  # open, one stroke
-             "16,4 8,24 4,46 28,54 50,46 64,8! 58,50 50,98",
-             "6,10 4,30 6,50 28,56 48,48 56,12! 54,56 52,100"]),
+             "16,4 8,24 4,46! 28,54 50,46 64,8! 58,50 50,98",
+             "6,10 4,30 6,50! 28,56 48,48 56,12! 54,56 52,100"]),
         (2, ["50,0 28,32 4,62! 36,63 78,62 / 52,0 52,50 51,100",  # closed
              "46,2 22,30 2,54! 36,57 70,54 / 50,2 50,50 48,100"]),
         (1, ["46,100 48,54 52,2! 28,30 4,58! 34,60 76,56", "50,98 50,54 50,0! 26,26 2,52! 36,56 70,56"]),
@@ -83,7 +91,10 @@ SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
     5: [
         (5, ["64,2 44,4 22,5! 17,24 12,44! 38,40 58,56 56,82 32,100 2,92",
              "72,0 48,4 28,8! 20,26 12,46! 36,44 52,60 48,84 26,98 0,94",
-             "60,4 40,4 14,4! 14,24 14,44! 42,38 62,58 56,86 32,99 4,88"]),
+             "60,4 40,4 14,4! 14,24 14,44! 42,38 62,58 56,86 32,99 4,88",
+             "64,6 42,4 20,4! 16,24 12,46! 38,40 60,56 58,84 34,99 8,84",
+             "90,0 60,6 36,10! 26,26 18,42! 36,46 46,60 40,82 22,98 0,88",
+             "50,2 32,4 16,6! 12,22 10,38! 30,40 44,56 42,78 26,98 6,96"]),
         (3, ["18,6 15,24 12,42! 38,38 58,56 56,82 32,100 2,90 / 18,6 40,4 66,2",  # the bar is a stroke of its own
              "24,10 18,28 12,46! 38,44 54,62 50,86 28,100 0,92 / 26,8 52,4 80,0",
              "16,6 14,24 14,44! 40,42 60,60 56,84 30,100 4,92 / 24,4 46,0 70,0"]),
@@ -108,15 +119,18 @@ SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
              "2,12 30,6 60,8! 54,34 48,66 44,100",
              "0,6 34,8 70,2! 50,34 30,66 10,98"]),
         (2, ["2,24 4,6! 32,6 62,6! 50,36 36,66 26,100", "6,20 8,8! 32,4 60,4! 52,34 42,66 36,100",  # a serif
-             "0,44 10,8! 32,12 60,2! 48,34 38,66 28,100"]),
+             "0,44 10,8! 32,12 60,2! 48,34 38,66 28,100", "2,38 12,4! 30,22 62,8! 46,38 30,68 16,100"]),
         (1.5, ["0,8 30,6 62,4! 50,34 36,66 26,100 / 18,52 42,50 66,48",  # a bar
-               "2,12 30,6 60,8! 54,34 48,66 44,100 / 22,56 44,52 70,50"]),
+               "2,12 30,6 60,8! 54,34 48,66 44,100 / 22,56 44,52 70,50",
+             "0,10 30,6 58,2! 48,34 30,66 14,98 / 12,60 44,60 84,62"]),
         (2, ["0,18 14,4 40,2 58,14 54,44 44,72 36,100", "0,12 20,2 46,4 60,16 52,44 40,72 26,100"]),  # round
-        (0.5, ["0,10 30,4 60,6! 46,34 26,70 24,94 44,98", "2,22 20,6 54,4! 44,40 30,72 32,92 50,92"]),  # a hook at the foot
+        (0.5, ["0,10 30,4 60,6! 46,34 26,70 24,94 44,98", "2,22 20,6 54,4! 44,40 30,72 32,92 50,92"]),  # a hooked foot
     ],
     8: [
         (5, ["58,12 36,0 14,12 18,32 42,50 56,74 40,98 14,96 6,78 22,56 48,34 60,14",  # one S-shaped loop
              "62,20 42,2 18,8 16,30 40,50 50,74 34,98 10,94 6,76 24,54 54,34 66,16",
+             "70,20 44,2 14,8 18,32 42,48 58,70 46,96 10,98 2,80 18,60 34,50 44,40",
+             "46,14 38,4 28,14 32,34 48,54 56,76 42,97 20,98 8,80 18,60 38,40 50,18",
              "50,8 30,0 10,14 16,36 40,50 54,72 44,96 20,99 4,80 16,58 42,36 52,12"]),
         (2, ["36,0 14,10 12,34 34,46 56,34 56,10 36,0 / 34,46 10,62 6,86 32,100 58,86 56,62 36,46",  # two circles
              "38,2 18,12 16,32 36,44 54,30 54,10 38,2 / 36,46 14,60 8,84 30,100 54,86 54,62 36,48"]),
@@ -124,7 +138,9 @@ SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
              "36,48 14,34 14,10 36,0 56,10 54,34 30,54 8,74 14,97 40,99 58,80 50,58 30,46"]),
         (3, ["56,16 40,2 16,8 10,28 28,46 44,64 40,90 24,100 12,88 20,66 44,40 70,6",  # narrow below, open above
              "60,10 36,4 14,16 16,36 34,50 40,72 30,96 16,98 12,84 24,64 50,40 76,14",
-             "50,22 34,4 12,10 8,34 28,48 46,66 46,90 26,100 10,86 18,62 38,46 58,30"]),
+             "50,22 34,4 12,10 8,34 28,48 46,66 46,90 26,100 10,86 18,62 38,46 58,30",
+             "52,10 30,8 12,22 24,38 42,54 46,78 32,98 18,92 18,74 30,54 48,34 84,2",
+             "50,10 30,0 8,14 10,36 34,44 44,66 42,92 34,100 30,88 32,66 46,40 58,14"]),
         (2, ["36,6 12,4 2,24 18,42 38,58 42,84 28,100 14,88 22,64 44,44 54,22 38,4",  # a large head
              "44,8 18,0 0,18 10,40 36,52 44,76 34,98 20,94 20,74 40,50 60,26 46,6"]),
     ],
@@ -141,12 +157,26 @@ SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
              "36,14 20,12 4,28 6,46 22,54 44,44 54,0! 54,40 52,70 52,100"]),
         (1.5, ["64,14 42,0 14,10 0,40 10,62 36,54 60,20! 58,48 58,74 66,98",  # a large head
                "60,8 34,0 8,16 2,46 18,60 42,48 60,12! 56,44 56,72 58,100"]),
+        (1.5, ["58,6 30,4 6,24 10,44 32,46 52,34! 52,54 48,76 42,98",  # the tail begins below the head's start
+               "66,10 40,2 10,18 6,40 30,46 56,28! 54,50 44,76 34,100",
+               "50,4 26,4 10,18 12,34 30,40 46,36! 52,54 46,80 20,98"]),
     ],
 }
 
-# Slant of each digit (pixels to the right for each pixel up), and its spread between people.
-SLANT = torch.tensor([0.17, 0.24, 0.12, 0.10, 0.25, 0.16, 0.02, 0.05, 0.12, 0.12])
-SLANT_SPREAD = torch.tensor([0.20, 0.25, 0.28, 0.26, 0.30, 0.30, 0.22, 0.24, 0.24, 0.25])
+# How each digit is written on average: slant (pixels to the right for each pixel up), the spread of the slant between
+# people, width relative to the skeleton, and radius of the pen in pixels (the smaller a digit, the thicker its ink).
+STYLE = torch.tensor([
+    [0.17, 0.20, 1.10, 1.37],
+    [0.24, 0.25, 1.00, 1.32],
+    [0.13, 0.28, 1.16, 1.22],
+    [0.10, 0.26, 1.04, 1.20],
+    [0.25, 0.30, 1.00, 1.14],
+    [0.16, 0.29, 1.14, 1.12],
+    [0.05, 0.20, 1.00, 1.22],
+    [0.03, 0.22, 1.04, 1.25],
+    [0.12, 0.24, 1.02, 1.14],
+    [0.12, 0.24, 0.98, 1.12],
+], dtype=torch.float32)
 
 
 class _Families(NamedTuple):
@@ -161,7 +191,7 @@ class _Families(NamedTuple):
 
 def _weights(count: int, corners: list[int], segment: int, t: float) -> Tensor:
     """Weights (3, count) of a stroke's points at part `t` of a segment: a polyline and two Catmull-Rom splines."""
-    weights = torch.zeros(3, count)
+    weights = torch.zeros(3, count, dtype=torch.float32)
     weights[0, segment], weights[0, segment + 1] = 1 - t, t
     t2, t3 = t * t, t * t * t
     basis = ((-t + 2 * t2 - t3) / 2, (2 - 5 * t2 + 3 * t3) / 2, (t + 4 * t2 - 3 * t3) / 2, (t3 - t2) / 2)
@@ -179,22 +209,27 @@ def _weights(count: int, corners: list[int], segment: int, t: float) -> Tensor:
 def _family(shapes: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     """One list of shapes as points (M, K, 2), ways (3, POINTS, K) and inner neighbours (K,)."""
     strokes = [stroke.split() for stroke in shapes[0].split("/")]
-    points = torch.tensor([[[float(v) for v in word.strip("!").split(",")] for word in shape.replace("/", "").split()]
-                           for shape in shapes]) / 100 - torch.tensor([0.35, 0.5])
-    steps = points.mean(0).diff(dim=0).norm(dim=-1)
-    starts = [sum(map(len, strokes[:i])) for i in range(len(strokes) + 1)]
-    lengths = [float(steps[a : b - 1].sum()) for a, b in zip(starts, starts[1:], strict=False)]
-    ways, inner = torch.zeros(3, POINTS, points.shape[1]), torch.arange(points.shape[1])
+    words = [shape.replace("/", " ").replace("!", "").split() for shape in shapes]
+    points = torch.tensor([[[float(v) for v in word.split(",")] for word in row] for row in words], dtype=torch.float32)
+    points = points / 100 - torch.tensor([0.35, 0.5], dtype=torch.float32)  # about the middle
+    steps = points.mean(0).diff(dim=0).norm(dim=-1).tolist()
+    ways = torch.zeros(3, POINTS, points.shape[1], dtype=torch.float32)
+    inner = torch.arange(points.shape[1])
+    ends = [sum(map(len, strokes[: i + 1])) for i in range(len(strokes))]
+    ink = sum(steps) - sum(steps[end - 1] for end in ends[:-1])  # the way through the air leaves none
     row = 0
-    for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
-        stop = POINTS if b == starts[-1] else row + round(POINTS * lengths[i] / sum(lengths))
-        travelled = torch.cat([torch.zeros(1), steps[a : b - 1].cumsum(0)])
-        corners = [k for k, word in enumerate(strokes[i]) if word.endswith("!")]
-        for position in torch.linspace(0, lengths[i], stop - row).tolist():
-            segment = min(max(int((travelled <= position).sum()) - 1, 0), b - a - 2)
-            t = (position - float(travelled[segment])) / float(steps[a + segment])
-            ways[:, row, a:b] = _weights(b - a, corners, segment, min(t, 1.0))
-            row += 1
+    for stroke, b in zip(strokes, ends, strict=True):
+        a = b - len(stroke)
+        length = sum(steps[a : b - 1])
+        corners = [k for k, word in enumerate(stroke) if word.endswith("!")]
+        rows = POINTS - row if b == ends[-1] else round(POINTS * length / ink)
+        for k in range(rows):
+            segment, rest = 0, length * k / (rows - 1)
+            while segment < len(stroke) - 2 and rest > steps[a + segment]:
+                rest -= steps[a + segment]
+                segment += 1
+            ways[:, row + k, a:b] = _weights(len(stroke), corners, segment, min(rest / steps[a + segment], 1.0))
+        row += rows
         inner[a], inner[b - 1] = a + 1, b - 2
     return points, ways, inner
 
@@ -203,18 +238,16 @@ def _family(shapes: list[str]) -> tuple[Tensor, Tensor, Tensor]:
 def _families() -> _Families:
     """All skeletons, padded to one size."""
     flat = [(digit, share, *_family(shapes)) for digit, families in SKELETONS.items() for share, shapes in families]
-    members = max(family[2].shape[0] for family in flat)
-    size = max(family[2].shape[1] for family in flat)
-    share = torch.zeros(10, len(flat))
-    shapes = torch.zeros(len(flat), members, size, 2)
-    ways = torch.zeros(3, len(flat), POINTS, size)
+    members = torch.tensor([len(points) for _, _, points, _, _ in flat])
+    size = max(points.shape[1] for _, _, points, _, _ in flat)
+    share = torch.zeros(10, len(flat), dtype=torch.float32)
+    shapes = torch.zeros(len(flat), int(members.max()), size, 2, dtype=torch.float32)
+    ways = torch.zeros(3, len(flat), POINTS, size, dtype=torch.float32)
     inner = torch.arange(size).repeat(len(flat), 1)
     for f, (digit, part, points, way, neighbour) in enumerate(flat):
-        share[digit, f] = part
-        shapes[f, : points.shape[0], : points.shape[1]] = points
-        ways[:, f, :, : points.shape[1]] = way
-        inner[f, : points.shape[1]] = neighbour
-    return _Families(share, torch.tensor([family[2].shape[0] for family in flat]), shapes, ways, inner)
+        m, k = points.shape[:2]
+        share[digit, f], shapes[f, :m, :k], ways[:, f, :, :k], inner[f, :k] = part, points, way, neighbour
+    return _Families(share, members, shapes, ways, inner)
 
 
 class _Noise:
@@ -226,14 +259,15 @@ class _Noise:
         self.count = count
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(CHUNK, *shape, generator=self.generator)[: self.count]
+        return torch.randn(CHUNK, *shape, generator=self.generator, dtype=torch.float32)[: self.count]
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(CHUNK, *shape, generator=self.generator)[: self.count]
+        return torch.rand(CHUNK, *shape, generator=self.generator, dtype=torch.float32)[: self.count]
 
     def balanced_labels(self) -> Tensor:
         """One random order of the ten digits after another, so that every prefix is balanced."""
-        return torch.rand(CHUNK // 10, 10, generator=self.generator).argsort(-1).view(-1)[: self.count]
+        order = torch.rand(CHUNK // 10, 10, generator=self.generator, dtype=torch.float64).argsort(-1)
+        return order.view(-1)[: self.count]
 
 
 def _path(labels: Tensor, noise: _Noise) -> Tensor:
@@ -248,7 +282,7 @@ def _path(labels: Tensor, noise: _Noise) -> Tensor:
     points = points + noise.normal(*points.shape[1:]) * care * 0.028
     inner = points.gather(1, table.inner[family].unsqueeze(-1).expand_as(points))
     points = points + (points - inner) * noise.normal(points.shape[1], 1) * 0.18  # strokes end too soon or too late
-    kind = noise.uniform(3, 1, 1) ** 3 * torch.tensor([0.7, 1.0, 0.7]).view(3, 1, 1)
+    kind = noise.uniform(3, 1, 1) ** 3 * torch.tensor([0.7, 1.0, 0.7], dtype=torch.float32).view(3, 1, 1)
     kind = kind / kind.sum(1, keepdim=True)
     way = (table.ways[:, family].transpose(0, 1) * kind).sum(1)  # (B, POINTS, K)
     return (way.unsqueeze(-1) * points.unsqueeze(1)).sum(2)
@@ -265,18 +299,19 @@ def _bend(path: Tensor, labels: Tensor, noise: _Noise) -> Tensor:
         size = noise.normal(2, 1) * 0.028
         x, y = (x + size[:, 0] * (wave[:, 0, 0] * x + wave[:, 0, 1] * y + shift[:, 0]).sin(),
                 y + size[:, 1] * (wave[:, 1, 0] * x + wave[:, 1, 1] * y + shift[:, 1]).sin())
-    x = x * (noise.normal(1) * 0.23).exp()
-    slant = SLANT[labels].unsqueeze(1) + noise.normal(1) * SLANT_SPREAD[labels].unsqueeze(1)
-    x = x - slant * y
+    slant, spread, width, _ = STYLE[labels].split(1, dim=1)
+    x = x * width * (noise.normal(1) * 0.23).exp()
+    x = x - (slant + noise.normal(1) * spread) * y
     angle = noise.normal(1) * 0.08
     return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], dim=-1)
 
 
-def _pen(noise: _Noise) -> Tensor:
+def _pen(labels: Tensor, noise: _Noise) -> Tensor:
     """Radius of the pen (B, POINTS) in pixels; 0 where the ink fails."""
-    radius = 1.22 * (noise.normal(1) * 0.24).exp()
-    along = torch.linspace(0, 2 * math.pi, POINTS) * (0.5 + 2 * noise.uniform(1)) + noise.uniform(1) * 2 * math.pi
-    radius = radius * (1 + 0.12 * noise.normal(1) * along.sin()) * (1 + 0.05 * noise.normal(POINTS))
+    radius = STYLE[labels, 3:] * (noise.normal(1) * 0.25).exp()
+    along = torch.linspace(0, 1, POINTS, dtype=torch.float32) * (0.5 + 2 * noise.uniform(1)) + noise.uniform(1)
+    wave = noise.normal(1) * (2 * math.pi * along).sin()
+    radius = radius * (1 + 0.12 * wave) * (1 + 0.05 * noise.normal(POINTS))  # the hand's pressure, the paper's grain
     start = noise.uniform(1) * POINTS
     length = (noise.uniform(1) < 0.04) * (1 + noise.uniform(1) * 5)
     index = torch.arange(POINTS)
@@ -295,9 +330,10 @@ def _fit(path: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ink(path: Tensor, radius: Tensor, soft: Tensor) -> Tensor:
     """Ink (B, BOX, BOX) in [0, 1]: what a disc of `radius` covers as it follows the path."""
-    pixel = torch.arange(BOX) + 0.5
+    pixel = torch.arange(BOX, dtype=torch.float32) + 0.5
     across = (pixel[:, None] - path[:, None, :, 0]).square()  # (B, BOX, POINTS)
     down = (pixel[:, None] - path[:, None, :, 1]).square() - radius.square().unsqueeze(1)
+    down = down.masked_fill(radius.unsqueeze(1) == 0, math.inf)
     power = (across.unsqueeze(1) + down.unsqueeze(2)).amin(-1)  # squared distance minus squared radius
     mean = radius.mean(-1)[:, None, None]
     outside = (power + mean.square()).clamp(min=0).sqrt() - mean  # pixels from the edge of the ink
@@ -309,9 +345,9 @@ def _centre(ink: Tensor) -> Tensor:
     place = torch.arange(BOX)
     whole = ink.long()
     mass = whole.sum((1, 2)).clamp(min=1)
-    half = SIDE / 2 + 0.5  # pixel 14 counted from 0, as in MNIST
-    top = (half - ((whole.sum(2) * (2 * place + 1)).sum(1) / (2 * mass))).round().long().clamp(0, SIDE - BOX)
-    left = (half - ((whole.sum(1) * (2 * place + 1)).sum(1) / (2 * mass))).round().long().clamp(0, SIDE - BOX)
+    middle = SIDE // 2  # pixel 14, counted from 0, as in MNIST
+    top, left = ((middle - (whole.sum(axis) * place).sum(1).double() / mass).round().long().clamp(0, SIDE - BOX)
+                 for axis in (2, 1))
     images = torch.zeros(len(ink), 1, SIDE, SIDE, dtype=torch.uint8)
     rows, columns = (top[:, None] + place)[:, :, None], (left[:, None] + place)[:, None, :]
     images[torch.arange(len(ink))[:, None, None], 0, rows, columns] = ink
@@ -321,8 +357,8 @@ def _centre(ink: Tensor) -> Tensor:
 def _draw_chunk(labels: Tensor, noise: _Noise) -> Tensor:
     """Images (B, 1, SIDE, SIDE) uint8 of at most CHUNK labels."""
     path = _bend(_path(labels, noise), labels, noise)
-    path, radius = _fit(path, _pen(noise))
-    soft = 1.0 + 0.5 * noise.uniform()
+    path, radius = _fit(path, _pen(labels, noise))
+    soft = 0.9 + 0.4 * noise.uniform()
     parts = zip(path.split(PARTS), radius.split(PARTS), soft.split(PARTS), strict=True)
     ink = torch.cat([_ink(*part) for part in parts])
     return _centre((ink * 255).round().to(torch.uint8))
@@ -337,7 +373,7 @@ def _checked(count: int, seed: int, labels: Tensor | None) -> None:
         raise ValueError(f"count must be at least 1, got {count}")
     if labels is None:
         return
-    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype.is_complex:
+    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         raise ValueError(f"labels must be a tensor of integers, got {getattr(labels, 'dtype', type(labels).__name__)}")
     if labels.shape != (count,):
         raise ValueError(f"labels must have shape ({count},), one digit an image, got {tuple(labels.shape)}")
@@ -369,9 +405,12 @@ def draw_digits(count: int, seed: int = 0, *, labels: Tensor | None = None) -> t
     """
     _checked(count, seed, labels)
     images, drawn = [], []
-    for start in range(0, count, CHUNK):
-        noise = _Noise(seed, start // CHUNK, min(CHUNK, count - start))
-        own = noise.balanced_labels() if labels is None else labels[start : start + CHUNK].cpu().long()
-        images.append(_draw_chunk(own, noise))
-        drawn.append(own)
+    with torch.device("cpu"):  # whatever the default device is
+        for start in range(0, count, CHUNK):
+            noise = _Noise(seed, start // CHUNK, min(CHUNK, count - start))
+            own = noise.balanced_labels()
+            if labels is not None:
+                own = labels[start : start + CHUNK].cpu().long()
+            images.append(_draw_chunk(own, noise))
+            drawn.append(own)
     return torch.cat(images), torch.cat(drawn)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import io
 import math
 import os
 import socket
 import struct
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -51,8 +53,13 @@ def mnist_files(name: str, data_dir: str | os.PathLike, train: bool = True) -> t
 
 def is_present(name: str, data_dir: str | os.PathLike) -> bool:
     """Whether any of the data set's files is there, whole or damaged (a damaged one must be reported, not passed by)."""
-    paths = [path for train in (True, False) for path in mnist_files(name, data_dir, train)]
-    return any(os.path.lexists(path) or os.path.lexists(_zipped(path)) for path in paths)
+    return any(len(missing_files(name, data_dir, train)) < 2 for train in (True, False))
+
+
+def missing_files(name: str, data_dir: str | os.PathLike, train: bool = True) -> list[Path]:
+    """Which of a part's two files are not there at all."""
+    paths = mnist_files(name, data_dir, train)
+    return [path for path in paths if not os.path.lexists(path) and not os.path.lexists(_zipped(path))]
 
 
 def read_mnist(name: str, data_dir: str | os.PathLike, train: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,14 +67,14 @@ def read_mnist(name: str, data_dir: str | os.PathLike, train: bool = True) -> tu
 
     Raises FileNotFoundError if a file is missing, DataError if one is damaged (file and field are named).
     """
-    images_path, labels_path = mnist_files(name, data_dir, train)
+    images_path, labels_path = (_found(path) for path in mnist_files(name, data_dir, train))
     images = _read_idx(images_path, magic=0x0803, md5=MNIST_MD5 if name == "mnist" else {})
     labels = _read_idx(labels_path, magic=0x0801, md5=MNIST_MD5 if name == "mnist" else {})
     if images.shape[1:] != (28, 28):
         raise _damaged(images_path, f"images are {images.shape[1]}×{images.shape[2]}, expected 28×28")
     if len(images) != len(labels):
         raise _damaged(labels_path, f"{len(labels)} labels for {len(images)} images")
-    if len(labels) and int(labels.max()) >= 10:
+    if int(labels.max()) >= 10:
         raise _damaged(labels_path, f"label {int(labels.max())} at index {int(labels.argmax())}, expected 0 to 9")
     return images.unsqueeze(1), labels.long()
 
@@ -75,21 +82,25 @@ def read_mnist(name: str, data_dir: str | os.PathLike, train: bool = True) -> tu
 def download_mnist(name: str, data_dir: str | os.PathLike, timeout: float = 30.0) -> None:
     """Downloads data set `name` through torchvision, checks it and puts it under `data_dir`, one process at a time.
 
-    Raises ConnectionError if it cannot be had. A file appears under its final name only when it is whole.
+    Raises ConnectionError if it cannot be had, DataError if it cannot be kept. A file appears under its final name only
+    when it is whole, and what is there already is left as it is.
     """
     raw = mnist_files(name, data_dir)[0].parent
     try:
         raw.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(raw / ".lock"):
+            # looked for only now: another process may have brought it while this one waited
+            missing = [path for train in (True, False) for path in missing_files(name, data_dir, train)]
+            if missing:
+                with tempfile.TemporaryDirectory(dir=raw, prefix=".download-") as temporary:
+                    _download_into(name, temporary, timeout)
+                    for path in missing:
+                        os.replace(Path(temporary) / FOLDERS[name] / "raw" / path.name, path)
+    except ConnectionError:
+        raise
     except OSError as error:
-        raise DataError(f"{data_dir}: cannot be written ({error.strerror}); choose another --data-dir") from None
-    with _one_at_a_time(raw / ".lock"):
-        if not is_present(name, data_dir):  # another process may have brought it while this one waited
-            with tempfile.TemporaryDirectory(dir=raw, prefix=".download-") as temporary:
-                _download_into(name, temporary, timeout)
-                for train in (True, False):
-                    read_mnist(name, temporary, train)
-                for path in (path for train in (True, False) for path in mnist_files(name, temporary, train)):
-                    os.replace(path, raw / path.name)
+        reason = error.strerror or str(error)
+        raise DataError(f"{data_dir}: cannot be written ({reason}); choose another --data-dir") from None
 
 
 def import_torchvision() -> ModuleType:
@@ -107,8 +118,15 @@ def _download_into(name: str, folder: str, timeout: float) -> None:
     torchvision = import_torchvision()
     waited = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)  # torchvision sets none: without it a silent server would hold us for ever
+    to_terminal = sys.stderr is not None and sys.stderr.isatty()  # torchvision shows its progress anywhere
     try:
-        getattr(torchvision.datasets, FOLDERS[name])(folder, download=True)
+        with contextlib.nullcontext() if to_terminal else contextlib.redirect_stderr(io.StringIO()):
+            getattr(torchvision.datasets, FOLDERS[name])(folder, download=True)
+        for train in (True, False):
+            read_mnist(name, folder, train)
+    except (DataError, FileNotFoundError) as error:  # its path is of a folder that is going to be removed: leave it out
+        reason = str(error).split("raw" + os.sep)[-1].split(";")[0]
+        raise ConnectionError(f"{name} could not be downloaded: what came is not usable: {reason}") from None
     except Exception as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise ConnectionError(f"{name} could not be downloaded: {reason}") from error
@@ -142,29 +160,35 @@ def _read_idx(path: Path, magic: int, md5: dict[str, str]) -> torch.Tensor:
     found, *sizes = struct.unpack(f">{header // 4}I", content[:header])
     if found != magic:
         raise _damaged(path, f"magic number {found:#010x}, expected {magic:#010x}")
+    if not math.prod(sizes):
+        raise _damaged(path, f"its header says that it is empty (sizes {sizes})")
     if header + math.prod(sizes) != len(content):
         raise _damaged(path, f"{len(content):,} bytes, its header says {header + math.prod(sizes):,} (sizes {sizes})")
-    if path.name in md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5[path.name]:
-        raise _damaged(path, f"MD5 sum is not {md5[path.name]}: its content was changed")
+    expected = md5.get(path.name.removesuffix(".gz"))
+    if expected and hashlib.md5(content, usedforsecurity=False).hexdigest() != expected:
+        raise _damaged(path, f"MD5 sum is not {expected}: its content was changed")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].clone().view(sizes)
 
 
+def _found(path: Path) -> Path:
+    """`path`, or its compressed form where only that is there."""
+    for form in (path, _zipped(path)):
+        if os.path.lexists(form):
+            return form
+    raise FileNotFoundError(f"{path}: no such file; allow the download, or name the right --data-dir")
+
+
 def _read_bytes(path: Path) -> bytes:
-    zipped = _zipped(path)
-    if not path.exists() and not zipped.exists():
-        raise FileNotFoundError(f"{path}: no such file")
     try:
-        if path.exists():
-            if not path.is_file():
-                raise _damaged(path, "not a regular file")
-            return path.read_bytes()
-        with gzip.open(zipped) as file:
+        if not path.is_file():  # a pipe would wait for ever
+            raise _damaged(path, "not a regular file")
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             content = file.read(LARGEST + 1)
-            if len(content) > LARGEST or file.read(1):
-                raise _damaged(zipped, "unpacks to more than such a file holds")
-            return content
     except (OSError, EOFError, zlib.error) as error:
-        raise _damaged(path if path.exists() else zipped, f"unreadable: {error}") from None
+        raise _damaged(path, f"unreadable: {error}") from None
+    if len(content) > LARGEST:
+        raise _damaged(path, f"holds more than the {LARGEST:,} bytes of the largest such file")
+    return content
 
 
 def _damaged(path: Path, problem: str) -> DataError:

@@ -57,9 +57,9 @@ def make_schedule(
     """Returns a schedule of the rate over `total_steps` optimizer steps, starting from the optimizer's own rate.
 
     `constant`; `step`: × 0.1 after each third; `cosine`: down to 0; `onecycle`: up to the rate in the first 30% and
-    down to nearly 0 (Smith and Topin, arXiv:1708.07120; torch's OneCycleLR); `plateau`: × 0.1 after 3 epochs without a lower
-    validation loss, to be stepped once per epoch with that loss; all others once per optimizer step. `warmup_steps`
-    raises the rate linearly from a hundredth first (for `onecycle`: the length of its rise).
+    down to nearly 0 (Smith and Topin, arXiv:1708.07120; torch's OneCycleLR); `plateau`: × 0.1 at the
+    fourth epoch in a row without a lower validation loss, to be stepped once per epoch with that loss; all others once per
+    optimizer step. `warmup_steps` raises the rate linearly from a hundredth first (for `onecycle`: the length of its rise).
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
@@ -82,7 +82,7 @@ def _onecycle(optimizer: Optimizer, total_steps: int, warmup_steps: int) -> OneC
     rates = [group["lr"] for group in optimizer.param_groups]
     # cycle_momentum off: the gain is small, and it would overwrite Adam's betas.
     # One step more than will be taken: torch's counts the first rate as a step and raises after the last.
-    share = warmup_steps / total_steps if warmup_steps else 0.3
+    share = (warmup_steps + 1) / (total_steps + 1) if warmup_steps else 0.3
     return OneCycleLR(optimizer, rates, total_steps + 1, pct_start=min(share, 0.99), cycle_momentum=False)
 
 

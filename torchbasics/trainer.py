@@ -80,10 +80,14 @@ class Trainer:
         on_step_end: Sequence[Callable[[Trainer], None]] = (), on_epoch_end: Sequence[Callable[[Trainer], None]] = (),
     ) -> None:
         _check_options(criterion, scheduler_interval, accumulate, clip_norm, clip_value, nan_policy, monitor, save_every, log_every)
+        _check_directions(scheduler, scheduler_interval, early_stopping, monitor)
         self.device = torch.device(device) if device is not None else model_device(model)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.model = model.to(self.device, memory_format=self.memory_format)
-        self.averages = averages.to(self.device, memory_format=self.memory_format) if averages is not None else None
+        self.averages = averages
+        if averages is not None:
+            count = averages.n_averaged.cpu()
+            averages.to(self.device, memory_format=self.memory_format).n_averaged = count  # torch reads it each time
         if compile:
             bare_model(self.model).compile(mode=compile if isinstance(compile, str) else None)
         self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
@@ -102,8 +106,11 @@ class Trainer:
         self.best_epoch: int | None = None
         self.grad_norm: Tensor | None = None
         self._running = _RunningMeans()
-        self._first_epoch, self._resumed, self._saved_at = 0, False, (-1, -1)
+        self._first_epoch, self._resumed, self._saved_at = 0, False, (-1, -1, -1)
         self._epoch_start: dict[str, Any] = {}
+        self._generator: torch.Generator | None = None  # of the training loader
+        self._at_resume: dict[str, Any] = {}
+        self._saved_path: Path | None = None
         self._signal = 0
 
     # ------------------------------------------------------------------------------------------- the way of one batch
@@ -115,29 +122,34 @@ class Trainer:
 
         Raises Interrupted, NonFiniteLoss; OSError if a checkpoint cannot be written (older ones stay).
         """
-        if not self._resumed:
+        if self._resumed:  # what was done since, such as drawing a graph, may have drawn random numbers
+            set_random_state(self._at_resume["random_state"], self.device)
+        else:
             self._first_epoch = self.epoch
         self._resumed = False
         with self._signals_noted():
             while self.epoch < self._first_epoch + num_epochs and not self.stopped_early:
                 train = self._train_epoch(self._batches(train_loader))
-                val = self.validate(self._until_signal(val_loader)) if val_loader is not None else (None, None)
+                val = self._validate_until_signal(val_loader) if val_loader is not None else (None, None)
                 self._leave_if_signalled()
                 self._end_epoch(*train, *val)
                 if verbose and distributed.is_main():
                     print(self._epoch_line(self._first_epoch + num_epochs))
-        if self.checkpoints and self._saved_at != (self.step, self.epoch):
-            self.save()
+            if self.checkpoints and self._saved_at != self._position_now():
+                self.save()
+                self._leave_if_signalled()
         return self.history
 
     def train_one_epoch(self, loader: Iterable) -> tuple[float, float | None]:
         """Trains on all of `loader`; returns (mean loss per sample, accuracy between 0 and 1 or None)."""
         self.batch, self._running = 0, _RunningMeans()
-        return self._train_epoch(iter(loader))
+        means = self._train_epoch(iter(loader))
+        self.batch, self._running = 0, _RunningMeans()  # a later `fit` begins at the start of its epoch
+        return means
 
     def _train_epoch(self, batches: Iterator) -> tuple[float, float | None]:
         self.model.train()
-        while window := list(itertools.islice(batches, self.accumulate)):
+        while window := self._next_window(batches):
             stepped = self._train_window([self._to_device(batch) for batch in window])
             self.batch += len(window)
             if len(self._running.pending) >= self.log_every:
@@ -150,10 +162,18 @@ class Trainer:
         self._read_losses()
         return self._running.means()
 
+    def _next_window(self, batches: Iterator) -> list:
+        try:
+            return list(itertools.islice(batches, self.accumulate))
+        except (RuntimeError, OSError, EOFError):
+            self._leave_if_signalled()  # a signal to the whole process group also ends the loader's workers
+            raise
+
     def _train_window(self, window: list[tuple[Any, Tensor]]) -> bool:
         """One optimizer step with the gradient of the mean loss over all samples of `window`; False if it was skipped."""
         samples = sum(len(targets) for _, targets in window)
         losses = []
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if self.nan_policy == "skip" else []
         for inputs, targets in window:
             outputs, loss = self._forward(self.model, inputs, targets)
             if len(window) > 1:  # micro-batches may be unequal: each counts by its samples
@@ -165,6 +185,8 @@ class Trainer:
             self._running.add(losses)
             return True
         self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=False):  # BatchNorm has seen the bad batch
+            buffer.copy_(before)
         self.skipped += 1
         return False
 
@@ -200,7 +222,7 @@ class Trainer:
     def _end_epoch(self, train_loss: float, train_acc: float | None, val_loss: float | None, val_acc: float | None) -> None:
         """Plateau schedule → early stopping → save → call-backs."""
         values = dict(zip(MONITORS, (train_loss, train_acc, val_loss, val_acc), strict=True))
-        for name, value in (values | {"lr": self.optimizer.param_groups[0]["lr"], "step": self.step}).items():
+        for name, value in (values | {"lr": float(self.optimizer.param_groups[0]["lr"]), "step": self.step}).items():
             self.history[name].append(value)
         score = self._score(values)
         if self.scheduler is not None and self.scheduler_interval == "epoch":
@@ -227,6 +249,15 @@ class Trainer:
         """
         with preserved_random_state(self.device):
             return self._evaluate(loader)
+
+    def _validate_until_signal(self, loader: Iterable) -> tuple[float, float | None]:
+        """`validate`, cut short by a signal: after the resume all of it is done again."""
+        self._position(loader, 0)
+        try:
+            return self.validate(self._until_signal(loader))
+        except (RuntimeError, OSError, EOFError):
+            self._leave_if_signalled()  # as in `_next_window`
+            raise
 
     def _evaluate(self, loader: Iterable) -> tuple[float, float | None]:
         running = _RunningMeans()
@@ -285,9 +316,10 @@ class Trainer:
         """Looks at the losses at once where that costs nothing (CPU), or where the policy needs it; else later."""
         if self.nan_policy == "ignore" or (self.nan_policy == "stop" and self.device.type != "cpu"):
             return True
-        bad = next((value for loss, *_ in losses if not math.isfinite(value := float(loss))), None)
+        values = [float(loss) for loss, *_ in losses]
+        bad = next(((value, -i) for i, value in enumerate(values) if not math.isfinite(value)), None)
         if bad is not None and self.nan_policy == "stop":
-            raise self._non_finite(bad, 0)
+            raise self._non_finite(*bad)
         return bad is None
 
     def _read_losses(self) -> None:
@@ -311,30 +343,45 @@ class Trainer:
     def _batches(self, loader: Iterable) -> Iterator:
         """An iterator of `loader` at the position (epoch, batch): the start of the epoch, or where a checkpoint was made."""
         self._read_losses()
+        if not self._position(loader, self.batch):
+            return self._replayed(loader)
+        with preserved_random_state(self.device):  # a DataLoader draws a seed for its workers whenever it starts them
+            return iter(loader)
+
+    def _position(self, loader: Iterable, batch: int) -> bool:
+        """Puts `loader` at (epoch, `batch`) if it can be told that; to one that knows epochs only, tells the epoch."""
         for part in (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
             if hasattr(part, "load_state_dict") and part.state_dict().keys() == {"epoch", "batch"}:
-                part.load_state_dict({"epoch": self.epoch, "batch": self.batch})
-                return iter(loader)
+                part.load_state_dict({"epoch": self.epoch, "batch": batch})
+                return True
             if hasattr(part, "set_epoch"):
                 part.set_epoch(self.epoch)
-        return self._replayed(loader)
+        return False
 
     def _replayed(self, loader: Any) -> Iterator:
         """For loaders that cannot be positioned: from the random state of the epoch's start, pass over what was done."""
-        generator = getattr(loader, "generator", None)
+        own = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
+        self._generator = next((part for part in own if isinstance(part, torch.Generator)), None)
         if self.batch == 0:
+            if self._generator is not None and self._at_resume.get("loader") is not None:
+                self._generator.set_state(self._at_resume["loader"])
+            self._at_resume = {}
             self._epoch_start = random_state(self.device)
-            if generator is not None:
-                self._epoch_start["loader"] = generator.get_state()
+            if self._generator is not None:
+                self._epoch_start["loader"] = self._generator.get_state()
             return iter(loader)
+        if not self._epoch_start or (self._generator is not None and "loader" not in self._epoch_start):
+            raise CheckpointError("the checkpoint was made in mid-epoch with another kind of loader; use the same one")
         now = random_state(self.device)
         set_random_state(self._epoch_start, self.device)
-        if generator is not None:
-            generator.set_state(self._epoch_start["loader"].cpu())
+        if self._generator is not None:
+            self._generator.set_state(self._epoch_start["loader"].cpu())
         batches = iter(loader)
-        for _ in range(self.batch):
-            next(batches)
+        if (found := sum(1 for _ in itertools.islice(batches, self.batch))) < self.batch:
+            raise CheckpointError(f"the checkpoint was made after batch {self.batch}, the loader has {found}; "
+                                  "is it another data set?")
         set_random_state(now, self.device)
+        self._at_resume = {}
         return batches
 
     # -------------------------------------------------------------------------------------------------- save and resume
@@ -354,13 +401,17 @@ class Trainer:
             **{key: None if part is None else part.state_dict() for key, part in optional.items()},
             "history": self.history, "running": self._running.state_dict(), "metadata": self.metadata,
             "random_state": random_state(self.device), "epoch_start": self._epoch_start,
+            "loader_generator": self._loader_generator(), "kinds": self._kinds(),
         }
 
     def load_state_dict(self, state: dict[str, Any], where: str = "checkpoint") -> None:
         """Goes on from `state`. Raises CheckpointError if it belongs to another model, data set or set-up."""
-        for key in self.metadata.keys() | state.get("metadata", {}).keys():
-            if self.metadata.get(key) != state["metadata"].get(key):
-                raise CheckpointError(f"{where}: of another run: {key} is {state['metadata'].get(key)!r} there, {self.metadata.get(key)!r} here")
+        here, there = ({**kinds, **metadata} for kinds, metadata in (
+            (self._kinds(), self.metadata), (state.get("kinds", self._kinds()), state.get("metadata", {}))))
+        for key in sorted(here.keys() | there.keys()):
+            if here.get(key) != there.get(key):
+                raise CheckpointError(
+                    f"{where}: of another run: {key} is {there.get(key)!r} there, {here.get(key)!r} here")
         parts = {"scheduler_state_dict": self.scheduler, "averages_state_dict": self.averages,
                  "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None}
         for key, part in parts.items():
@@ -379,18 +430,37 @@ class Trainer:
             for name in ("epoch", "step", "batch", "skipped", "best_score", "best_epoch"):
                 setattr(self, name, state[name])
             self._first_epoch, self._epoch_start, self._resumed = state["first_epoch"], state["epoch_start"], True
+            self._at_resume = {"random_state": state["random_state"], "loader": state["loader_generator"]}
             set_random_state(state["random_state"], self.device)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{where}: does not fit this trainer ({type(error).__name__}: {error}); "
                                   "resume with the same options") from error
+
+    def _position_now(self) -> tuple[int, int, int]:
+        return self.step, self.epoch, self.batch
+
+    def _loader_generator(self) -> Tensor | None:
+        if self._at_resume:  # not used yet
+            return self._at_resume["loader"]
+        return None if self._generator is None else self._generator.get_state()
+
+    def _kinds(self) -> dict[str, str]:
+        return {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
 
     def save(self) -> Path:
         """Saves the state under its step number in `checkpoint_dir`; returns the path."""
         if self.checkpoints is None:
             raise ValueError("Trainer was made without checkpoint_dir; give one to save")
         state = self.state_dict()
-        self._saved_at = (self.step, self.epoch)
-        return self.checkpoints.save(state)
+        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()])
+        if self.nan_policy == "stop" and not all(finite.tolist()):
+            # from an infinite gradient of a finite loss: the next loss would tell, too late for this checkpoint
+            raise NonFiniteLoss(
+                f"a weight is NaN or infinite at epoch {self.epoch + 1}, batch {self.batch}, after {self.step} steps; "
+                "not saved; lower the learning rate or clip the gradient (clip_norm=1)")
+        self._saved_path = self.checkpoints.save(state)
+        self._saved_at = self._position_now()
+        return self._saved_path
 
     def resume(self) -> Path | None:
         """Goes on from the newest intact checkpoint of `checkpoint_dir`; returns its path, or None if there is none.
@@ -404,7 +474,7 @@ class Trainer:
             return None
         path, state = found
         self.load_state_dict(state, where=str(path))
-        self._saved_at = (self.step, self.epoch)
+        self._saved_at, self._saved_path = self._position_now(), path
         return path
 
     def _latest_loss(self) -> float | None:
@@ -438,12 +508,17 @@ class Trainer:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(owner, signum)
             self._signal = signum
+            if signum == signal.SIGTERM and hasattr(signal, "SIGCHLD") and callable(signal.getsignal(signal.SIGCHLD)):
+                # Sent to the whole process group it ends a loader's workers too, and torch's handler of that would raise
+                # anywhere, in mid-step. Not put back: the process is about to end.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
         self._signal = 0
         before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
+            self._signal = 0
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
@@ -455,10 +530,8 @@ class Trainer:
 
     def _leave_if_signalled(self) -> None:
         if self._signal:
-            already = self._saved_at == (self.step, self.epoch) and self.batch == 0
-            assert self.checkpoints is not None
-            path = self.checkpoints.steps()[-1][1] if already else self.save()
-            raise Interrupted(self._signal, path)
+            already = self._saved_path if self._saved_at == self._position_now() else None
+            raise Interrupted(self._signal, already or self.save())
 
 
 class _RunningMeans:
@@ -534,6 +607,17 @@ def _check_options(criterion: Any, scheduler_interval: str | None, accumulate: i
     for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
         if bound is not None and not (bound > 0 and math.isfinite(bound)):
             raise ValueError(f"{name} must be positive and finite, got {bound}")
+
+
+def _check_directions(scheduler: Any, scheduler_interval: str | None, early_stopping: Any, monitor: str) -> None:
+    """A plateau schedule steps once per epoch, and who watches the monitored value must know whether less is better."""
+    mode, plateau = "max" if monitor.endswith("acc") else "min", isinstance(scheduler, ReduceLROnPlateau)
+    if plateau and scheduler_interval == "step":
+        raise ValueError("ReduceLROnPlateau needs the value of an epoch; use scheduler_interval='epoch'")
+    for watcher in (early_stopping, scheduler if plateau else None):
+        found = getattr(watcher, "mode", mode)
+        if found != mode:
+            raise ValueError(f"{type(watcher).__name__} has mode={found!r}, but monitor={monitor!r} needs mode={mode!r}")
 
 
 def model_device(model: nn.Module) -> torch.device:
