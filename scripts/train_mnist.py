@@ -30,11 +30,12 @@ from torch import Tensor, nn
 import torchbasics as tb
 from torchbasics.data import NORMALISATION, channel_statistics
 from torchbasics.device import device_name, preserved_random_state, synchronize
+from torchbasics.evaluation import to_device
 from torchbasics.mnist import FOLDERS, import_torchvision, is_present
 from torchbasics.optim import OPTIMIZERS, SCHEDULES
 
 # Options that may differ when a run is resumed; all others decide its course, and are refused.
-FREE_ON_RESUME = {"output", "resume", "overwrite", "quiet", "debug", "data_dir", "keep", "patience", "tensorboard", "num_workers", "save_every"}
+FREE_ON_RESUME = {"output", "resume", "overwrite", "quiet", "debug", "data_dir", "keep", "patience", "tensorboard", "anomaly", "num_workers", "save_every"}
 
 
 class Data(NamedTuple):
@@ -136,7 +137,7 @@ def build_model(name: str, facts: dict[str, Any], dropout: float) -> nn.Module:
     if name == "cnn":
         return tb.CNN(classes, channels, size, dropout)
     if name == "mlp":
-        return nn.Sequential(nn.Flatten(), tb.MLP(channels * size * size, 256, classes, dropout))
+        return tb.MLP(channels * size * size, 256, classes, dropout)
     return tb.SimpleNet(channels * size * size, num_classes=classes)
 
 
@@ -294,7 +295,7 @@ def tensorboard(run: tb.RunDirectory, trainer: tb.Trainer, data: Data) -> Any:
 
     writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=trainer.step)
     with preserved_random_state(trainer.device):  # a DataLoader draws a seed for its workers
-        inputs = trainer._to_device(next(iter(data.val))[0])
+        inputs = to_device(next(iter(data.val))[0], trainer.device, trainer.memory_format)
     writer.add_image("images", make_grid(inputs[:64].cpu(), normalize=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the graph is drawn by torch.jit.trace, which announces its own end

@@ -14,7 +14,9 @@ PACKAGE = ROOT / "torchbasics"
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 MAY_IMPORT = {
-    "trainer": {"checkpoint", "distributed", "device", "monitors"},
+    "trainer": {"checkpoint", "distributed", "device", "monitors", "evaluation", "position", "interrupts"},
+    "evaluation": {"device"},
+    "position": {"device"},
     "data": {"digits", "distributed", "mnist"},
 }
 LATE_ONLY = {"torchvision", "PIL"}  # slow, or there only with torchvision: inside functions

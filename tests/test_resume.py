@@ -416,7 +416,7 @@ class Damage(ResumeCase):
             trainer.fit(train, val, EPOCHS, verbose=False)
         again, train, val = self.build("run")
         again.resume()
-        with self.assertRaisesRegex(CheckpointError, "another kind of loader"):
+        with self.assertRaisesRegex(ValueError, "another kind of loader"):
             again.fit([(torch.zeros(8, 1, 8, 8), torch.zeros(8).long())], val, EPOCHS, verbose=False)
 
     def test_mid_epoch_with_a_shorter_loader(self) -> None:
@@ -426,7 +426,7 @@ class Damage(ResumeCase):
             trainer.fit(batches, None, EPOCHS, verbose=False)
         again = self.trainer("run")
         again.resume()
-        with self.assertRaisesRegex(CheckpointError, "after batch 3, the loader has 2"):
+        with self.assertRaisesRegex(ValueError, "after batch 3, the loader has 2"):
             again.fit(batches[:2], None, EPOCHS, verbose=False)
 
 

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchbasics.checkpoint import CheckpointError, load_checkpoint
 from torchbasics.early_stopping import EarlyStopping
 from torchbasics.optim import averaged_copy
-from torchbasics.trainer import Interrupted, NonFiniteLoss, Trainer, compute_accuracy, evaluate, predict
+from torchbasics.evaluation import compute_accuracy, evaluate, predict
+from torchbasics.trainer import Interrupted, NonFiniteLoss, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 Batches = list[tuple[Tensor, Tensor]]
@@ -822,7 +823,7 @@ class Transfers(TrainerCase):
             on_step_end=[end],
         )
         no_autocast = mock.patch(
-            "torchbasics.trainer.autocast", lambda *_: contextlib.nullcontext()
+            "torchbasics.evaluation.autocast", lambda *_: contextlib.nullcontext()
         )  # it doesn't know this device
         with self.assertRaises(Enough), no_autocast:
             trainer.train_one_epoch(classes())

@@ -25,6 +25,8 @@ from torchbasics.data import (
 from torchbasics.device import check_pytorch_environment, pick_device, pick_precision, set_seed
 from torchbasics.digits import draw_digits
 from torchbasics.early_stopping import EarlyStopping
+from torchbasics.evaluation import compute_accuracy, evaluate, predict
+from torchbasics.interrupts import Interrupted
 from torchbasics.mnist import DataError
 from torchbasics.models import (
     CNN,
@@ -47,14 +49,7 @@ from torchbasics.optim import (
     warmup_cosine_scheduler,
     warmup_lr_scheduler,
 )
-from torchbasics.trainer import (
-    Interrupted,
-    NonFiniteLoss,
-    Trainer,
-    compute_accuracy,
-    evaluate,
-    predict,
-)
+from torchbasics.trainer import NonFiniteLoss, Trainer
 
 __version__ = "0.1.0"
 __all__ = [

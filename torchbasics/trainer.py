@@ -5,12 +5,9 @@ The way of one batch is `Trainer.train_one_epoch` → `_train_window` → `_opti
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,18 +20,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from torchbasics import distributed
 from torchbasics.checkpoint import FORMAT, CheckpointError, CheckpointFolder, bare_model, bare_state_dict, load_weights
-from torchbasics.device import autocast, pick_precision, preserved_random_state, random_state, set_random_state
+from torchbasics.device import pick_precision, random_state, set_random_state
+from torchbasics.evaluation import BatchResult, RunningMeans, evaluate, forward, model_device, outputs_of, to_device
+from torchbasics.interrupts import Interrupted, SignalNote
+from torchbasics.position import LoaderPosition, go_to
 
 MONITORS = ("train_loss", "train_acc", "val_loss", "val_acc")
 NAN_POLICIES = ("stop", "skip", "ignore")
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came; everything was saved at `checkpoint`. The usual exit code is 128 + `signum`."""
-
-    def __init__(self, signum: int, checkpoint: Path) -> None:
-        super().__init__(f"{signal.Signals(signum).name}: saved {checkpoint}")
-        self.signum, self.checkpoint = signum, checkpoint
 
 
 class NonFiniteLoss(RuntimeError):
@@ -105,13 +97,12 @@ class Trainer:
         self.best_score: float | None = None
         self.best_epoch: int | None = None
         self.grad_norm: Tensor | None = None
-        self._running = _RunningMeans()
-        self._first_epoch, self._resumed, self._saved_at = 0, False, (-1, -1, -1)
-        self._epoch_start: dict[str, Any] = {}
-        self._generator: torch.Generator | None = None  # of the training loader
-        self._at_resume: dict[str, Any] = {}
-        self._saved_path: Path | None = None
-        self._signal = 0
+        self._running = RunningMeans()
+        self._position = LoaderPosition(self.device)
+        self._signals = SignalNote(enabled=self.checkpoints is not None)
+        self._first_epoch = 0
+        self._resumed_random_state: dict[str, Any] | None = None
+        self._saved_at, self._saved_path = (-1, -1, -1), Path()
 
     # ------------------------------------------------------------------------------------------- the way of one batch
 
@@ -122,35 +113,37 @@ class Trainer:
 
         Raises Interrupted, NonFiniteLoss; OSError if a checkpoint cannot be written (older ones stay).
         """
-        if self._resumed:  # what was done since, such as drawing a graph, may have drawn random numbers
-            set_random_state(self._at_resume["random_state"], self.device)
-        else:
+        if self._resumed_random_state is None:
             self._first_epoch = self.epoch
-        self._resumed = False
-        with self._signals_noted():
+        else:  # what was done since `resume`, such as drawing a graph, may have drawn random numbers
+            set_random_state(self._resumed_random_state, self.device)
+            self._resumed_random_state = None
+        with self._signals:
             while self.epoch < self._first_epoch + num_epochs and not self.stopped_early:
-                train = self._train_epoch(self._batches(train_loader))
-                val = self._validate_until_signal(val_loader) if val_loader is not None else (None, None)
+                train = self._train_epoch(self._position.batches(train_loader, self.epoch, self.batch))
+                val = self._validate_epoch(val_loader) if val_loader is not None else (None, None)
                 self._leave_if_signalled()
                 self._end_epoch(*train, *val)
                 if verbose and distributed.is_main():
                     print(self._epoch_line(self._first_epoch + num_epochs))
-            if self.checkpoints and self._saved_at != self._position_now():
+            if self.checkpoints and self._saved_at != (self.step, self.epoch, self.batch):
                 self.save()
                 self._leave_if_signalled()
         return self.history
 
     def train_one_epoch(self, loader: Iterable) -> tuple[float, float | None]:
         """Trains on all of `loader`; returns (mean loss per sample, accuracy between 0 and 1 or None)."""
-        self.batch, self._running = 0, _RunningMeans()
+        self.batch, self._running = 0, RunningMeans()
         means = self._train_epoch(iter(loader))
-        self.batch, self._running = 0, _RunningMeans()  # a later `fit` begins at the start of its epoch
+        self.batch, self._running = 0, RunningMeans()  # a later `fit` begins at the start of its epoch
         return means
 
     def _train_epoch(self, batches: Iterator) -> tuple[float, float | None]:
         self.model.train()
-        while window := self._next_window(batches):
-            stepped = self._train_window([self._to_device(batch) for batch in window])
+        batches = self._signals.until(batches)
+        while window := list(itertools.islice(batches, self.accumulate)):
+            self._leave_if_signalled()  # noted while the window was fetched: it may be a part of one
+            stepped = self._train_window([to_device(batch, self.device, self.memory_format) for batch in window])
             self.batch += len(window)
             if len(self._running.pending) >= self.log_every:
                 self._read_losses()
@@ -159,43 +152,29 @@ class Trainer:
             if stepped and self.save_every and self.step % self.save_every == 0:
                 self.save()
             self._leave_if_signalled()
+        self._leave_if_signalled()
         self._read_losses()
         return self._running.means()
-
-    def _next_window(self, batches: Iterator) -> list:
-        try:
-            return list(itertools.islice(batches, self.accumulate))
-        except (RuntimeError, OSError, EOFError):
-            self._leave_if_signalled()  # a signal to the whole process group also ends the loader's workers
-            raise
 
     def _train_window(self, window: list[tuple[Any, Tensor]]) -> bool:
         """One optimizer step with the gradient of the mean loss over all samples of `window`; False if it was skipped."""
         samples = sum(len(targets) for _, targets in window)
-        losses = []
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.nan_policy == "skip" else []
+        results = []
         for inputs, targets in window:
-            outputs, loss = self._forward(self.model, inputs, targets)
+            loss, result = forward(self.model, self.criterion, inputs, targets, self.precision)
             if len(window) > 1:  # micro-batches may be unequal: each counts by its samples
-                self.scaler.scale(loss * (len(targets) / samples)).backward()
-            else:
-                self.scaler.scale(loss).backward()
-            losses.append((loss.detach(), *_correct(outputs, targets), len(targets)))
-        if self._finite_now(losses) and self._optimizer_step():
-            self._running.add(losses)
+                loss = loss * (len(targets) / samples)
+            self.scaler.scale(loss).backward()
+            results.append(result)
+        if self._finite_now(results) and self._optimizer_step():
+            self._running.add(results)
             return True
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=False):  # BatchNorm has seen the bad batch
             buffer.copy_(before)
         self.skipped += 1
         return False
-
-    def _forward(self, model: nn.Module, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
-        with autocast(self.device, self.precision):
-            outputs = model(inputs)
-        if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
-            outputs = outputs.float()  # losses are sums of exponentials: not in half precision
-        return outputs, self.criterion(outputs, targets)
 
     def _optimizer_step(self) -> bool:
         """Unscale → clip → optimizer → schedule → averages. False if the scaler found no finite gradient and skipped."""
@@ -233,7 +212,7 @@ class Trainer:
             self.best_score is None or (score > self.best_score if self.monitor.endswith("acc") else score < self.best_score))
         if improved:
             self.best_score, self.best_epoch = score, self.epoch
-        self.epoch, self.batch, self._running = self.epoch + 1, 0, _RunningMeans()
+        self.epoch, self.batch, self._running = self.epoch + 1, 0, RunningMeans()
         if self.checkpoints and distributed.is_main() and improved:
             self.checkpoints.save_best(self._best_state(values))
         if self.checkpoints and not self.save_every:
@@ -247,39 +226,11 @@ class Trainer:
 
         Changes no weight, no buffer and no random state.
         """
-        with preserved_random_state(self.device):
-            return self._evaluate(loader)
-
-    def _validate_until_signal(self, loader: Iterable) -> tuple[float, float | None]:
-        """`validate`, cut short by a signal: after the resume all of it is done again."""
-        self._position(loader, 0)
-        try:
-            return self.validate(self._until_signal(loader))
-        except (RuntimeError, OSError, EOFError):
-            self._leave_if_signalled()  # as in `_next_window`
-            raise
-
-    def _evaluate(self, loader: Iterable) -> tuple[float, float | None]:
-        running = _RunningMeans()
-        with _evaluating(self.evaluated_model) as model, torch.inference_mode():
-            for batch in loader:
-                inputs, targets = self._to_device(batch)
-                outputs, loss = self._forward(model, inputs, targets)
-                running.add([(loss, *_correct(outputs, targets), len(targets))])
-        running.read()
-        return running.means()
+        return evaluate(self.evaluated_model, loader, self.criterion, self.device, **self._numbers)
 
     def predict(self, loader: Iterable) -> Tensor:
         """The outputs for all batches of `loader`, (N, …) float32 on the CPU, from the model that `validate` judges."""
-        with preserved_random_state(self.device), _evaluating(self.evaluated_model) as model, torch.inference_mode():
-            outputs = []
-            for batch in loader:
-                inputs = self._to_device(batch[0] if isinstance(batch, (tuple, list)) else batch)
-                with autocast(self.device, self.precision):
-                    outputs.append(model(inputs).float())
-        if not outputs:
-            raise ValueError("the loader gave no batch")
-        return torch.cat(outputs).cpu()
+        return outputs_of(self.evaluated_model, loader, self.device, **self._numbers)
 
     # ------------------------------------------------------------------------------------------------------- its parts
 
@@ -302,25 +253,25 @@ class Trainer:
     def _trained_parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _to_device(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            images = value.dim() == 4 and self.memory_format is torch.channels_last
-            return value.to(self.device, non_blocking=True, memory_format=self.memory_format if images else torch.preserve_format)
-        if isinstance(value, dict):
-            return {key: self._to_device(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return tuple(self._to_device(item) for item in value)
-        return value
+    @property
+    def _numbers(self) -> dict[str, Any]:
+        return {"precision": self.precision, "memory_format": self.memory_format}
 
-    def _finite_now(self, losses: list[tuple]) -> bool:
+    def _validate_epoch(self, loader: Iterable) -> tuple[float, float | None]:
+        """`validate`, cut short by a signal: after the resume all of it is done again."""
+        go_to(loader, self.epoch, 0)
+        return self.validate(self._signals.until(loader))
+
+    def _finite_now(self, results: list[BatchResult]) -> bool:
         """Looks at the losses at once where that costs nothing (CPU), or where the policy needs it; else later."""
         if self.nan_policy == "ignore" or (self.nan_policy == "stop" and self.device.type != "cpu"):
             return True
-        values = [float(loss) for loss, *_ in losses]
-        bad = next(((value, -i) for i, value in enumerate(values) if not math.isfinite(value)), None)
-        if bad is not None and self.nan_policy == "stop":
-            raise self._non_finite(*bad)
-        return bad is None
+        for i, result in enumerate(results):
+            if not math.isfinite(value := float(result.loss)):
+                if self.nan_policy == "stop":
+                    raise self._non_finite(value, -i)
+                return False
+        return True
 
     def _read_losses(self) -> None:
         """The one transfer from the device: all losses since the last. NaN is found here, before it is saved."""
@@ -340,50 +291,6 @@ class Trainer:
                 parts.append(f"{name} {value:.2%}" if name.endswith("acc") else f"{name} {value:.4f}")
         return "  ".join(parts)
 
-    def _batches(self, loader: Iterable) -> Iterator:
-        """An iterator of `loader` at the position (epoch, batch): the start of the epoch, or where a checkpoint was made."""
-        self._read_losses()
-        if not self._position(loader, self.batch):
-            return self._replayed(loader)
-        with preserved_random_state(self.device):  # a DataLoader draws a seed for its workers whenever it starts them
-            return iter(loader)
-
-    def _position(self, loader: Iterable, batch: int) -> bool:
-        """Puts `loader` at (epoch, `batch`) if it can be told that; to one that knows epochs only, tells the epoch."""
-        for part in (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
-            if hasattr(part, "load_state_dict") and part.state_dict().keys() == {"epoch", "batch"}:
-                part.load_state_dict({"epoch": self.epoch, "batch": batch})
-                return True
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(self.epoch)
-        return False
-
-    def _replayed(self, loader: Any) -> Iterator:
-        """For loaders that cannot be positioned: from the random state of the epoch's start, pass over what was done."""
-        own = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
-        self._generator = next((part for part in own if isinstance(part, torch.Generator)), None)
-        if self.batch == 0:
-            if self._generator is not None and self._at_resume.get("loader") is not None:
-                self._generator.set_state(self._at_resume["loader"])
-            self._at_resume = {}
-            self._epoch_start = random_state(self.device)
-            if self._generator is not None:
-                self._epoch_start["loader"] = self._generator.get_state()
-            return iter(loader)
-        if not self._epoch_start or (self._generator is not None and "loader" not in self._epoch_start):
-            raise CheckpointError("the checkpoint was made in mid-epoch with another kind of loader; use the same one")
-        now = random_state(self.device)
-        set_random_state(self._epoch_start, self.device)
-        if self._generator is not None:
-            self._generator.set_state(self._epoch_start["loader"].cpu())
-        batches = iter(loader)
-        if (found := sum(1 for _ in itertools.islice(batches, self.batch))) < self.batch:
-            raise CheckpointError(f"the checkpoint was made after batch {self.batch}, the loader has {found}; "
-                                  "is it another data set?")
-        set_random_state(now, self.device)
-        self._at_resume = {}
-        return batches
-
     # -------------------------------------------------------------------------------------------------- save and resume
 
     def state_dict(self) -> dict[str, Any]:
@@ -400,8 +307,7 @@ class Trainer:
             "averages_state_dict": None if self.averages is None else self.averages.state_dict(),
             **{key: None if part is None else part.state_dict() for key, part in optional.items()},
             "history": self.history, "running": self._running.state_dict(), "metadata": self.metadata,
-            "random_state": random_state(self.device), "epoch_start": self._epoch_start,
-            "loader_generator": self._loader_generator(), "kinds": self._kinds(),
+            "random_state": random_state(self.device), "position": self._position.state_dict(), "kinds": self._kinds(),
         }
 
     def load_state_dict(self, state: dict[str, Any], where: str = "checkpoint") -> None:
@@ -425,24 +331,16 @@ class Trainer:
                     part.load_state_dict(state[key])
             if state.get("early_stopping_state_dict") and hasattr(self.early_stopping, "load_state_dict"):
                 self.early_stopping.load_state_dict(state["early_stopping_state_dict"])
-            self._running = _RunningMeans(**state["running"])
+            self._running = RunningMeans(**state["running"])
             self.history = {name: list(values) for name, values in state["history"].items()}
             for name in ("epoch", "step", "batch", "skipped", "best_score", "best_epoch"):
                 setattr(self, name, state[name])
-            self._first_epoch, self._epoch_start, self._resumed = state["first_epoch"], state["epoch_start"], True
-            self._at_resume = {"random_state": state["random_state"], "loader": state["loader_generator"]}
+            self._first_epoch, self._resumed_random_state = state["first_epoch"], state["random_state"]
+            self._position.load_state_dict(state["position"])
             set_random_state(state["random_state"], self.device)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{where}: does not fit this trainer ({type(error).__name__}: {error}); "
                                   "resume with the same options") from error
-
-    def _position_now(self) -> tuple[int, int, int]:
-        return self.step, self.epoch, self.batch
-
-    def _loader_generator(self) -> Tensor | None:
-        if self._at_resume:  # not used yet
-            return self._at_resume["loader"]
-        return None if self._generator is None else self._generator.get_state()
 
     def _kinds(self) -> dict[str, str]:
         return {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
@@ -459,7 +357,7 @@ class Trainer:
                 f"a weight is NaN or infinite at epoch {self.epoch + 1}, batch {self.batch}, after {self.step} steps; "
                 "not saved; lower the learning rate or clip the gradient (clip_norm=1)")
         self._saved_path = self.checkpoints.save(state)
-        self._saved_at = self._position_now()
+        self._saved_at = (self.step, self.epoch, self.batch)
         return self._saved_path
 
     def resume(self) -> Path | None:
@@ -474,7 +372,7 @@ class Trainer:
             return None
         path, state = found
         self.load_state_dict(state, where=str(path))
-        self._saved_at, self._saved_path = self._position_now(), path
+        self._saved_at, self._saved_path = (self.step, self.epoch, self.batch), path
         return path
 
     def _latest_loss(self) -> float | None:
@@ -489,108 +387,10 @@ class Trainer:
             "metadata": self.metadata,
         }
 
-    # ---------------------------------------------------------------------------------------------------------- signals
-
-    @contextlib.contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are only noted, and answered at the next step boundary; a second one ends at once."""
-        if self.checkpoints is None or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        owner = os.getpid()
-
-        def note(signum: int, frame: object) -> None:
-            if os.getpid() != owner:  # a loader's forked worker: the main process decides when it ends
-                if signum == signal.SIGTERM:
-                    os._exit(128 + signum)
-                return
-            if self._signal:
-                signal.signal(signum, signal.SIG_DFL)
-                os.kill(owner, signum)
-            self._signal = signum
-            if signum == signal.SIGTERM and hasattr(signal, "SIGCHLD") and callable(signal.getsignal(signal.SIGCHLD)):
-                # Sent to the whole process group it ends a loader's workers too, and torch's handler of that would raise
-                # anywhere, in mid-step. Not put back: the process is about to end.
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-        self._signal = 0
-        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            self._signal = 0
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-    def _until_signal(self, batches: Iterable) -> Iterator:
-        for batch in batches:
-            yield batch
-            if self._signal:
-                return
-
     def _leave_if_signalled(self) -> None:
-        if self._signal:
-            already = self._saved_path if self._saved_at == self._position_now() else None
-            raise Interrupted(self._signal, already or self.save())
-
-
-class _RunningMeans:
-    """Means per sample. What comes from the device waits in `pending`, and is read in one transfer.
-
-    Sums are taken in float64 on the host, batch after batch in their order, so that it doesn't matter when they are read.
-    """
-
-    def __init__(self, loss_sum: float = 0.0, samples: int = 0, correct: int = 0, predictions: int = 0) -> None:
-        self.loss_sum, self.samples, self.correct, self.predictions = loss_sum, samples, correct, predictions
-        self.pending: list[tuple[Tensor, Tensor | None, int, int]] = []
-
-    def add(self, losses: list[tuple[Tensor, Tensor | None, int, int]]) -> None:
-        """Takes per batch (mean loss, number correct or None, number of predictions, number of samples)."""
-        self.pending += losses
-
-    def read(self) -> tuple[float, int] | None:
-        """Adds up what is pending; returns the first non-finite loss and how many batches ago it was, if there was one."""
-        if not self.pending:
-            return None
-        zero = torch.zeros((), device=self.pending[0][0].device)
-        wide = torch.float32 if zero.device.type == "mps" else torch.float64
-        pairs = [torch.stack([loss.to(wide), (zero if correct is None else correct).to(wide)]) for loss, correct, _, _ in self.pending]
-        values = torch.stack(pairs).tolist()
-        bad = next(((loss, len(values) - i) for i, (loss, _) in enumerate(values) if not math.isfinite(loss)), None)
-        for (loss, correct), (_, _, predictions, samples) in zip(values, self.pending, strict=True):
-            self.loss_sum += loss * samples
-            self.correct += int(correct)
-            self.predictions += predictions
-            self.samples += samples
-        self.pending.clear()
-        return bad
-
-    def means(self) -> tuple[float, float | None]:
-        """(Mean loss, accuracy or None); ValueError if there was no sample."""
-        if not self.samples:
-            raise ValueError("no sample was counted: the loader gave no batch, or every step was skipped")
-        return self.loss_sum / self.samples, self.correct / self.predictions if self.predictions else None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"loss_sum": self.loss_sum, "samples": self.samples, "correct": self.correct, "predictions": self.predictions}
-
-
-def _correct(outputs: Any, targets: Tensor) -> tuple[Tensor | None, int]:
-    """Number of right classes, on the device, and of predictions; (None, 0) where targets are not class indices."""
-    classes = isinstance(outputs, Tensor) and not targets.is_floating_point() and outputs.dim() == targets.dim() + 1
-    return ((outputs.detach().argmax(1) == targets).sum(), targets.numel()) if classes else (None, 0)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` in evaluation mode; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module in training:
-            module.training = True
+        if self._signals.signum:
+            saved = self._saved_at == (self.step, self.epoch, self.batch)
+            raise Interrupted(self._signals.signum, self._saved_path if saved else self.save())
 
 
 def _check_options(criterion: Any, scheduler_interval: str | None, accumulate: int, clip_norm: float | None,
@@ -618,35 +418,3 @@ def _check_directions(scheduler: Any, scheduler_interval: str | None, early_stop
         found = getattr(watcher, "mode", mode)
         if found != mode:
             raise ValueError(f"{type(watcher).__name__} has mode={found!r}, but monitor={monitor!r} needs mode={mode!r}")
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter or buffer; the CPU if it has none."""
-    first = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return first.device if first is not None else torch.device("cpu")
-
-
-def evaluate(
-    model: nn.Module, loader: Iterable, criterion: Callable, device: torch.device | str | None = None, *, precision: str = "fp32"
-) -> tuple[float, float | None]:
-    """(Mean loss per sample, accuracy between 0 and 1, or None where targets are not classes) of `model` on `loader`."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))])  # a Trainer wants one; it never steps
-    return Trainer(model, criterion, optimizer, device, precision=precision).validate(loader)
-
-
-def compute_accuracy(model: nn.Module, loader: Iterable, device: torch.device | str | None = None) -> float:
-    """The share of samples of `loader` whose class `model` gets right, between 0 and 1."""
-    accuracy = evaluate(model, loader, nn.CrossEntropyLoss(), device)[1]
-    if accuracy is None:
-        raise ValueError("accuracy needs integer class targets and outputs with one score per class")
-    return accuracy
-
-
-def predict(model: nn.Module, image: Tensor, device: torch.device | str | None = None) -> tuple[Any, Any]:
-    """The class and its probability for one image (C, H, W), as (int, float); for a batch (B, C, H, W) as tensors (B,)."""
-    if image.dim() not in (3, 4):
-        raise ValueError(f"expected an image (C, H, W) or a batch (B, C, H, W), got shape {tuple(image.shape)}")
-    batch = image if image.dim() == 4 else image.unsqueeze(0)
-    with _evaluating(model), torch.inference_mode():
-        confidences, classes = model(batch.to(device or model_device(model))).softmax(1).max(1)
-    return (classes.cpu(), confidences.cpu()) if image.dim() == 4 else (int(classes), float(confidences))

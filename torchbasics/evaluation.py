@@ -1,0 +1,171 @@
+"""Judging a model: means per sample over a loader, accuracy, the outputs themselves, and the class of one image."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchbasics.device import autocast, preserved_random_state
+
+
+class BatchResult(NamedTuple):
+    """What one batch adds to the means; the tensors stay on the device until they are read."""
+
+    loss: Tensor  # mean over the batch, ()
+    correct: Tensor | None  # number of right classes, (); None where targets are not classes
+    predictions: int
+    samples: int
+
+
+class RunningMeans:
+    """Means per sample. What comes from the device waits in `pending`, and is read in one transfer.
+
+    Sums are taken in float64 on the host, batch after batch in their order: so it doesn't matter when they are read.
+    """
+
+    def __init__(self, loss_sum: float = 0.0, samples: int = 0, correct: int = 0, predictions: int = 0) -> None:
+        self.loss_sum, self.samples, self.correct, self.predictions = loss_sum, samples, correct, predictions
+        self.pending: list[BatchResult] = []
+
+    def add(self, results: Iterable[BatchResult]) -> None:
+        """Takes the results of further batches."""
+        self.pending += results
+
+    def read(self) -> tuple[float, int] | None:
+        """Adds up what is pending; returns the first non-finite loss and how many batches ago it was, if there was one."""
+        if not self.pending:
+            return None
+        zero = torch.zeros((), device=self.pending[0].loss.device)
+        wide = torch.float32 if zero.device.type == "mps" else torch.float64
+        pairs = [(result.loss, zero if result.correct is None else result.correct) for result in self.pending]
+        values = torch.stack([torch.stack([loss.to(wide), correct.to(wide)]) for loss, correct in pairs]).tolist()
+        bad = next(((loss, len(values) - i) for i, (loss, _) in enumerate(values) if not math.isfinite(loss)), None)
+        for (loss, correct), result in zip(values, self.pending, strict=True):
+            self.loss_sum += loss * result.samples
+            self.samples += result.samples
+            self.correct += int(correct)
+            self.predictions += result.predictions
+        self.pending.clear()
+        return bad
+
+    def means(self) -> tuple[float, float | None]:
+        """(Mean loss, accuracy or None); ValueError if there was no sample."""
+        if not self.samples:
+            raise ValueError("no sample was counted: the loader gave no batch, or every step was skipped")
+        return self.loss_sum / self.samples, self.correct / self.predictions if self.predictions else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far; the arguments of another RunningMeans that goes on from them."""
+        names = ("loss_sum", "samples", "correct", "predictions")
+        return {name: getattr(self, name) for name in names}
+
+
+def forward(
+    model: nn.Module, criterion: Callable, inputs: Any, targets: Tensor, precision: str
+) -> tuple[Tensor, BatchResult]:
+    """The mean loss of one batch, for backward, and the result to count."""
+    with autocast(targets.device, precision):
+        outputs = model(inputs)
+    if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
+        outputs = outputs.float()  # losses are sums of exponentials: not in half precision
+    loss = criterion(outputs, targets)
+    return loss, BatchResult(loss.detach(), *_correct(outputs, targets), len(targets))
+
+
+def _correct(outputs: Any, targets: Tensor) -> tuple[Tensor | None, int]:
+    """Number of right classes, on the device, and of predictions; (None, 0) where targets are not class indices."""
+    classes = isinstance(outputs, Tensor) and not targets.is_floating_point() and outputs.dim() == targets.dim() + 1
+    return ((outputs.detach().argmax(1) == targets).sum(), targets.numel()) if classes else (None, 0)
+
+
+def to_device(value: Any, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> Any:
+    """`value`, or the tensors in a list, tuple or dict, on `device`; images (B, C, H, W) in `memory_format`."""
+    if isinstance(value, Tensor):
+        layout = memory_format if value.dim() == 4 else torch.preserve_format
+        return value.to(device, non_blocking=True, memory_format=layout)
+    if isinstance(value, dict):
+        return {key: to_device(item, device, memory_format) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(to_device(item, device, memory_format) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode and without gradients; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU if it has none."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def evaluate(
+    model: nn.Module, loader: Iterable, criterion: Callable, device: torch.device | str | None = None, *,
+    precision: str = "fp32", memory_format: torch.memory_format = torch.preserve_format,
+) -> tuple[float, float | None]:
+    """(Mean loss per sample, accuracy between 0 and 1, or None where targets are not classes) of `model` on `loader`.
+
+    The model is moved to `device`; by default it stays where it is. Changes no weight, buffer, mode or random state.
+    """
+    place = torch.device(device) if device is not None else model_device(model)
+    model.to(place)
+    means = RunningMeans()
+    with preserved_random_state(place), evaluation_mode(model):
+        for batch in loader:
+            inputs, targets = to_device(batch, place, memory_format)
+            means.add([forward(model, criterion, inputs, targets, precision)[1]])
+    means.read()
+    return means.means()
+
+
+def outputs_of(
+    model: nn.Module, loader: Iterable, device: torch.device | str | None = None, *,
+    precision: str = "fp32", memory_format: torch.memory_format = torch.preserve_format,
+) -> Tensor:
+    """The outputs of `model` for all batches of `loader`, (N, …) float32 on the CPU. A batch is inputs, or (inputs, …)."""
+    place = torch.device(device) if device is not None else model_device(model)
+    model.to(place)
+    outputs = []
+    with preserved_random_state(place), evaluation_mode(model), autocast(place, precision):
+        for batch in loader:
+            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+            outputs.append(model(to_device(inputs, place, memory_format)).float())
+    if not outputs:
+        raise ValueError("the loader gave no batch")
+    return torch.cat(outputs).cpu()
+
+
+def compute_accuracy(model: nn.Module, loader: Iterable, device: torch.device | str | None = None) -> float:
+    """The share of samples of `loader` whose class `model` gets right, between 0 and 1."""
+    accuracy = evaluate(model, loader, nn.CrossEntropyLoss(), device)[1]
+    if accuracy is None:
+        raise ValueError("accuracy needs integer class targets and outputs with one score per class")
+    return accuracy
+
+
+def predict(model: nn.Module, image: Tensor, device: torch.device | str | None = None) -> tuple[Any, Any]:
+    """The class and its probability for one image (C, H, W), as (int, float); for a batch (B, C, H, W) as tensors (B,)."""
+    if image.dim() not in (3, 4):
+        raise ValueError(f"expected an image (C, H, W) or a batch (B, C, H, W), got shape {tuple(image.shape)}")
+    batch = image if image.dim() == 4 else image.unsqueeze(0)
+    place = torch.device(device) if device is not None else model_device(model)
+    model.to(place)
+    with evaluation_mode(model):
+        confidences, classes = model(batch.to(place)).softmax(1).max(1)
+    return (classes.cpu(), confidences.cpu()) if image.dim() == 4 else (int(classes), float(confidences))

@@ -1,0 +1,67 @@
+"""SIGINT and SIGTERM as a wish that is noted, to be answered at a safe point."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; everything was saved at `checkpoint`. The usual exit code is 128 + `signum`."""
+
+    def __init__(self, signum: int, checkpoint: Path) -> None:
+        super().__init__(f"{signal.Signals(signum).name}: saved {checkpoint}")
+        self.signum, self.checkpoint = signum, checkpoint
+
+
+class SignalNote:
+    """As a context: the first SIGINT or SIGTERM is only noted in `signum`; a second one ends the process at once.
+
+    Outside the main thread, where Python allows no handlers, and with `enabled=False` it does nothing.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.signum = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalNote:
+        self.signum, self._owner = 0, os.getpid()
+        if self.enabled and threading.current_thread() is threading.main_thread():
+            self._before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.signum = 0
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
+
+    def _note(self, signum: int, frame: object) -> None:
+        if os.getpid() != self._owner:  # a loader's forked worker: the main process decides when it ends
+            if signum == signal.SIGTERM:
+                os._exit(128 + signum)
+            return
+        if self.signum:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(self._owner, signum)
+        self.signum = signum
+        if signum == signal.SIGTERM and hasattr(signal, "SIGCHLD") and callable(signal.getsignal(signal.SIGCHLD)):
+            # Sent to the whole process group it ends a loader's workers too, and torch's handler of that would raise
+            # anywhere, in mid-step. Not put back: the process is about to end.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def until(self, batches: Iterable) -> Iterator:
+        """The batches, until a signal is noted; and also then not the error of the workers that the signal ended."""
+        try:
+            for batch in batches:
+                yield batch
+                if self.signum:
+                    return
+        except RuntimeError:
+            if not self.signum:
+                raise

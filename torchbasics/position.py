@@ -1,0 +1,80 @@
+"""Where a loader stands: to start any loader at (epoch, batch), also after a resume, with the same batches to come.
+
+Three kinds of loaders: those that can be told (TensorLoader, `folder_loader`: `state_dict` is {"epoch", "batch"}), those that
+know epochs only (`set_epoch`, DistributedSampler), and any others, whose order comes from random generators. The last
+two are replayed: from the random state of the epoch's start, what was done is passed over.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbasics.device import preserved_random_state, random_state, set_random_state
+
+
+class LoaderPosition:
+    """Starts the training loader at a position, and keeps what a resume needs to do so again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._generator: torch.Generator | None = None  # the loader's own
+        self._epoch_start: dict[str, Any] = {}  # random state when the epoch's iterator was made
+        self._resumed_generator: Tensor | None = None  # state for the loader's generator, until the loader is seen
+
+    def batches(self, loader: Iterable, epoch: int, batch: int) -> Iterator:
+        """An iterator of `loader` from `batch` of `epoch` on; ValueError if the loader cannot be the same as before."""
+        if go_to(loader, epoch, batch):
+            with preserved_random_state(self.device):  # a DataLoader draws a seed for its workers whenever it starts them
+                return iter(loader)
+        own = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
+        self._generator = next((part for part in own if isinstance(part, torch.Generator)), None)
+        return self._replay(loader, batch) if batch else self._start(loader)
+
+    def _start(self, loader: Iterable) -> Iterator:
+        if self._generator is not None and self._resumed_generator is not None:
+            self._generator.set_state(self._resumed_generator)
+        self._resumed_generator = None
+        self._epoch_start = random_state(self.device)
+        if self._generator is not None:
+            self._epoch_start["loader"] = self._generator.get_state()
+        return iter(loader)
+
+    def _replay(self, loader: Iterable, batch: int) -> Iterator:
+        if not self._epoch_start or (self._generator is not None and "loader" not in self._epoch_start):
+            raise ValueError("the checkpoint was made in mid-epoch with another kind of loader; use the same one")
+        with preserved_random_state(self.device):
+            set_random_state(self._epoch_start, self.device)
+            if self._generator is not None:
+                self._generator.set_state(self._epoch_start["loader"].cpu())
+            batches = iter(loader)
+            found = sum(1 for _ in itertools.islice(batches, batch))
+        if found < batch:
+            raise ValueError(f"the checkpoint was made after batch {batch}, the loader has {found}; is it another data set?")
+        self._resumed_generator = None
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random state of the epoch's start, and the state of the loader's generator, if it has one."""
+        waiting = self._resumed_generator
+        generator = self._generator.get_state() if waiting is None and self._generator is not None else waiting
+        return {"epoch_start": self._epoch_start, "generator": generator}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`, when the loader is next seen."""
+        self._epoch_start, self._resumed_generator = state["epoch_start"], state["generator"]
+
+
+def go_to(loader: Any, epoch: int, batch: int) -> bool:
+    """Puts `loader` at (epoch, batch) if it can be told that; one that knows epochs only is told the epoch."""
+    for part in (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
+        if hasattr(part, "load_state_dict") and part.state_dict().keys() == {"epoch", "batch"}:
+            part.load_state_dict({"epoch": epoch, "batch": batch})
+            return True
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+    return False
