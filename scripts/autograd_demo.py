@@ -1,7 +1,7 @@
 """Automatic differentiation from the first slope to second derivatives: every value shown here is also checked.
 
-    python scripts/autograd_demo.py
-    python scripts/autograd_demo.py --section slope.scalar --section accumulate.add
+python scripts/autograd_demo.py
+python scripts/autograd_demo.py --section slope.scalar --section accumulate.add
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From single samples to batches on the device: every value shown here is also checked.
 
-    python scripts/data_demo.py --data-dir ./data --output ./data_demo
-    python scripts/data_demo.py --section collate.padding --section split.stratified
+python scripts/data_demo.py --data-dir ./data --output ./data_demo
+python scripts/data_demo.py --section collate.padding --section split.stratified
 """
 
 from __future__ import annotations
@@ -144,8 +144,11 @@ def dataset_iterable_workers() -> None:
     batches = list(DataLoader(Numbers(10), batch_size=4, num_workers=2))
     show("split by worker: how often each", torch.cat(batches).bincount(), [1] * 10)
     # Each worker fills batches of its own, so there are two short last ones.
-    show("its batches: even numbers and odd in turn", [batch.tolist() for batch in batches],
-         [[0, 2, 4, 6], [1, 3, 5, 7], [8], [9]])
+    show(
+        "its batches: even numbers and odd in turn",
+        [batch.tolist() for batch in batches],
+        [[0, 2, 4, 6], [1, 3, 5, 7], [8], [9]],
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- loader
@@ -245,8 +248,12 @@ def loader_persistent_workers() -> None:
     kept = _who_loads(2, epochs=2, persistent_workers=True)
     show("with persistent_workers=True", len(set(kept[2])), 2)
     # Their copy of the dataset lives as long: what the main process changes in it afterwards they do not see.
-    show_error("without workers to keep", lambda: DataLoader(WhoLoads(8), persistent_workers=True), ValueError,
-               "needs num_workers > 0")
+    show_error(
+        "without workers to keep",
+        lambda: DataLoader(WhoLoads(8), persistent_workers=True),
+        ValueError,
+        "needs num_workers > 0",
+    )
 
 
 def _who_loads(num_workers: int, epochs: int = 1, **kwargs: Any) -> list[list[int]]:
@@ -290,7 +297,9 @@ def loader_start_methods() -> None:
             loader = DataLoader(Squares(4, halve), batch_size=2, num_workers=1, multiprocessing_context=method)
             show(f"inputs from a worker started by {method}", torch.cat([x for x, _ in loader]), [0, 0.5, 1, 1.5])
     # That is why a script needs `if __name__ == "__main__":`, and a dataset top-level functions in place of lambdas.
-    show_error("a lambda in a dataset", lambda: ForkingPickler.dumps(Squares(4, lambda x: x)), Exception, "local object")
+    show_error(
+        "a lambda in a dataset", lambda: ForkingPickler.dumps(lambda x: x), Exception, "local object"
+    )
 
 
 @section("loader.pin_memory", "D2")
@@ -754,9 +763,15 @@ def transforms_grid() -> None:
 
     image = photo("square", 3)
     image[:, 2:10, 2:10] = 255  # a mark in one corner, so that flips and turns can be seen
-    steps = [v2.RandomResizedCrop((48, 60), antialias=True), v2.RandomCrop((48, 60), padding=12),
-             v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.RandomRotation(30),
-             v2.ColorJitter(0.5, 0.5, 0.5, 0.2), v2.GaussianBlur(9, sigma=(0.1, 4.0))]
+    steps = [
+        v2.RandomResizedCrop((48, 60), antialias=True),
+        v2.RandomCrop((48, 60), padding=12),
+        v2.RandomHorizontalFlip(),
+        v2.RandomVerticalFlip(),
+        v2.RandomRotation(30),
+        v2.ColorJitter(0.5, 0.5, 0.5, 0.2),
+        v2.GaussianBlur(9, sigma=(0.1, 4.0)),
+    ]
     grid = make_grid([step(image) for step in steps for _ in range(6)], nrow=6, padding=2)
     show("rows of 48 + 2 pixels, columns of 60 + 2", grid.shape, (3, 7 * (48 + 2) + 2, 6 * (60 + 2) + 2))
     show("transforms.png holds these pixels", torch.equal(_save(grid, "transforms.png"), grid), True)
@@ -996,10 +1011,19 @@ def own_options() -> argparse.ArgumentParser:
     """Return the parser of the options that this script has beside those of every demo."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("folders of this script")
-    group.add_argument("--output", type=Path, metavar="FOLDER",
-                       help="write images here (default: a temporary folder, removed at the end)")
-    group.add_argument("--data-dir", type=Path, default=Path("data"), metavar="FOLDER",
-                       help="where torchvision keeps MNIST and the like; nothing is downloaded (default: ./data)")
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="write images here (default: a temporary folder, removed at the end)",
+    )
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        metavar="FOLDER",
+        help="where torchvision keeps MNIST and the like; nothing is downloaded (default: ./data)",
+    )
     return parser
 
 

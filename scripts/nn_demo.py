@@ -1,7 +1,7 @@
 """Layers, models, losses, optimizers and schedules, each against its formula: every value shown is also checked.
 
-    python scripts/nn_demo.py
-    python scripts/nn_demo.py --section loss.cross_entropy --section optimizer.adam
+python scripts/nn_demo.py
+python scripts/nn_demo.py --section loss.cross_entropy --section optimizer.adam
 """
 
 from __future__ import annotations

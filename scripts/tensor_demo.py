@@ -1,7 +1,7 @@
 """Tensors from the first one to the accelerator: every value shown here is also checked.
 
-    python scripts/tensor_demo.py
-    python scripts/tensor_demo.py --section shape.view --section shape.permute
+python scripts/tensor_demo.py
+python scripts/tensor_demo.py --section shape.view --section shape.permute
 """
 
 from __future__ import annotations

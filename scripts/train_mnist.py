@@ -1,4 +1,4 @@
-"""Trains a digit classifier to above 99.6% on MNIST, resumable at any moment; without data or network on drawn digits.
+"""Trains a digit classifier to above 99.6% on MNIST, resumable at any moment; without data on digits drawn for it.
 
     python scripts/train_mnist.py --epochs 15
     python scripts/train_mnist.py --resume runs/mnist-20260102-030405
@@ -32,10 +32,12 @@ from torchbasics.data import NORMALISATION, channel_statistics
 from torchbasics.device import device_name, preserved_random_state, synchronize
 from torchbasics.evaluation import to_device
 from torchbasics.mnist import FOLDERS, import_torchvision, is_present
+from torchbasics.models import MODELS
 from torchbasics.optim import OPTIMIZERS, SCHEDULES
 
 # Options that may differ when a run is resumed; all others decide its course, and are refused.
-FREE_ON_RESUME = {"output", "resume", "overwrite", "quiet", "debug", "data_dir", "keep", "patience", "tensorboard", "anomaly", "num_workers", "save_every"}
+FREE_ON_RESUME = {"output", "resume", "overwrite", "quiet", "debug", "data_dir", "keep", "patience", "tensorboard",
+                  "anomaly", "num_workers", "save_every"}
 
 
 class Data(NamedTuple):
@@ -44,48 +46,45 @@ class Data(NamedTuple):
     train: Any
     val: Any
     test: Any
-    facts: dict[str, Any]  # dataset, classes, in_channels, image_size, mean, std, and the number of samples of each part
+    facts: dict[str, Any]  # dataset, classes, in_channels, image_size, mean, std, samples of each part
     notice: str
 
 
-# ------------------------------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------------------------------------------- data
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     if args.dataset == "folder":
         return load_folder(args, device)
     name, notice = choose_dataset(args)
-    full, test = (tb.load_images(name, args.data_dir, train) for train in (True, False))
-    if not 1 <= args.val_size < len(full):
-        raise ValueError(f"--val-size must lie between 1 and {len(full) - 1} for {name}, got {args.val_size}")
-    shuffled = torch.randperm(len(full), generator=torch.Generator().manual_seed(args.seed))
-    train, val = full.subset(shuffled[args.val_size :]), full.subset(shuffled[: args.val_size])
+    train, val, test = tb.load_splits(name, args.data_dir, args.val_size, args.seed)
     check_batch_size(args, len(train))
     mean, std = NORMALISATION.get(name) or channel_statistics(train.inputs)
     common: dict[str, Any] = {"device": device, "mean": mean, "std": std}
     limit = args.limit_batches if args.dry_run else None
-    facts = {"dataset": name, "classes": full.classes, "in_channels": 1, "image_size": 28, "mean": mean, "std": std,
+    augment = tb.RandomAffine(degrees=10, shift=0.1) if args.augment else None
+    facts = {"dataset": name, "classes": train.classes, "in_channels": 1, "image_size": 28, "mean": mean, "std": std,
              "samples": (len(train), len(val), len(test))}
     return Data(
-        tb.TensorLoader(train.inputs, train.targets, args.batch_size, shuffle=True, seed=args.seed, limit_batches=args.limit_batches,
-                        augment=tb.RandomAffine(degrees=10, shift=0.1) if args.augment else None, **common),
+        tb.TensorLoader(train.inputs, train.targets, args.batch_size, shuffle=True, seed=args.seed, augment=augment,
+                        limit_batches=args.limit_batches, **common),
         tb.TensorLoader(val.inputs, val.targets, 1000, limit_batches=limit, **common),
         tb.TensorLoader(test.inputs, test.targets, 1000, limit_batches=limit, **common), facts, notice)
 
 
 def choose_dataset(args: argparse.Namespace) -> tuple[str, str]:
-    """The data set's name, and what to say if it isn't the wanted one. Damaged files are an error, never a reason to change."""
+    """The data set's name, and what to say if it isn't the wanted one. Damaged files are an error, never passed by."""
     if args.dataset != "auto":
         if args.dataset in FOLDERS and not is_present(args.dataset, args.data_dir) and sys.stderr.isatty():
             print(f"{args.dataset}: not in {args.data_dir}; downloading", file=sys.stderr)
         return args.dataset, ""
-    if is_present("mnist", args.data_dir):
-        return "mnist", ""
     try:
         tb.load_images("mnist", args.data_dir)
     except ConnectionError:
-        return "digits", (f"NOTICE: no MNIST in {args.data_dir} and no network: training on digits drawn by this program instead. "
-                          "The accuracy below is on drawn digits, not on MNIST.")
+        if is_present("mnist", args.data_dir):  # a part of it: what is missing could not be fetched
+            raise
+        return "digits", (f"NOTICE: no MNIST in {args.data_dir} and no network: training on digits drawn by this "
+                          "program instead. The accuracy below is on drawn digits, not on MNIST.")
     return "mnist", ""
 
 
@@ -96,7 +95,8 @@ def load_folder(args: argparse.Namespace, device: torch.device) -> Data:
 
     root, size = Path(args.data_dir), args.image_size
     first = tb.SeededImageFolder(root / "train" if (root / "train").is_dir() else root)
-    to_tensor = [v2.Resize((size, size)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
+    to_tensor = [v2.Resize((size, size)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                 v2.Normalize([0.5], [0.5])]
     shake = [v2.RandomAffine(degrees=10, translate=(0.1, 0.1))] if args.augment else []
     folders = {part: tb.SeededImageFolder(root / part, v2.Compose(to_tensor), mode=first.mode)
                for part in ("val", "test") if (root / part).is_dir()}
@@ -117,40 +117,37 @@ def load_folder(args: argparse.Namespace, device: torch.device) -> Data:
     test = tb.folder_loader(folders["test"], args.batch_size, **options) if "test" in folders else val
     loader = tb.folder_loader(train, args.batch_size, indices=indices["train"], shuffle=True, seed=args.seed,
                               limit_batches=args.limit_batches, **options)
-    facts = {"dataset": "folder", "classes": train.classes, "in_channels": 1 if train.mode == "L" else 3, "image_size": size,
-             "mean": (0.5,), "std": (0.5,), "samples": tuple(len(part.batch_sampler.indices) for part in (loader, val, test))}
-    return Data(loader, val, test, facts, "" if "test" in folders else "NOTICE: no test/ folder: the last figures are on the validation images.")
+    facts = {"dataset": "folder", "classes": train.classes, "in_channels": 1 if train.mode == "L" else 3,
+             "image_size": size, "mean": (0.5,), "std": (0.5,),
+             "samples": (len(indices["train"]), len(indices.get("val", folders["val"])),
+                         len(folders["test"]) if "test" in folders else len(indices.get("val", folders["val"])))}
+    notice = "" if "test" in folders else "NOTICE: no test/ folder: the last figures are on the validation images."
+    return Data(loader, val, test, facts, notice)
 
 
 def check_batch_size(args: argparse.Namespace, samples: int) -> None:
     if args.batch_size > samples:
-        raise ValueError(f"--batch-size {args.batch_size} is larger than the {samples} training samples; choose a smaller one")
+        raise ValueError(f"--batch-size {args.batch_size} is larger than the {samples} training samples; "
+                         "choose a smaller one")
 
 
 # ---------------------------------------------------------------------------------------------------- model and trainer
 
 
-def build_model(name: str, facts: dict[str, Any], dropout: float) -> nn.Module:
-    classes, channels, size = len(facts["classes"]), facts["in_channels"], facts["image_size"]
-    if name == "mnistnet":
-        return tb.MNISTNet(classes, dropout, channels, size)
-    if name == "cnn":
-        return tb.CNN(classes, channels, size, dropout)
-    if name == "mlp":
-        return tb.MLP(channels * size * size, 256, classes, dropout)
-    return tb.SimpleNet(channels * size * size, num_classes=classes)
-
-
 def build_trainer(args: argparse.Namespace, data: Data, device: torch.device, checkpoints: Path) -> tb.Trainer:
-    model = build_model(args.model, data.facts, args.dropout).to(device)
+    facts = data.facts
+    model = tb.make_model(args.model, len(facts["classes"]), facts["in_channels"], facts["image_size"], args.dropout)
+    model.to(device)
     optimizer = tb.make_optimizer(args.optimizer, model.parameters(), args.lr, args.weight_decay)
     steps_per_epoch = -(-len(data.train) // args.accumulate)
-    schedule = tb.make_schedule(args.schedule, optimizer, args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch))
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    schedule = tb.make_schedule(args.schedule, optimizer, args.epochs * steps_per_epoch, warmup_steps)
     return tb.Trainer(
         model, nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), optimizer, device, schedule,
-        scheduler_interval="epoch" if args.schedule == "plateau" else "step", precision=args.precision, channels_last=True,
-        compile=args.compile, accumulate=args.accumulate, clip_norm=args.clip_norm, clip_value=args.clip_value,
-        averages=tb.averaged_copy(model, args.ema) if args.ema else None, nan_policy=args.nan_policy,
+        scheduler_interval="epoch" if args.schedule == "plateau" else "step", precision=args.precision,
+        channels_last=True, compile=args.compile, accumulate=args.accumulate, clip_norm=args.clip_norm,
+        clip_value=args.clip_value, averages=tb.averaged_copy(model, args.ema) if args.ema else None,
+        nan_policy=args.nan_policy,
         early_stopping=tb.EarlyStopping(args.patience, args.min_delta) if args.patience else None,
         checkpoint_dir=checkpoints, save_every=args.save_every, keep=args.keep,
         metadata={"model": args.model, "dropout": args.dropout, **data.facts})
@@ -164,7 +161,7 @@ class Report:
 
     def __init__(self, args: argparse.Namespace, data: Data, run: tb.RunDirectory) -> None:
         self.args, self.run, self.samples = args, run, data.facts["samples"][0]
-        self.session = {"started": now(), "train_seconds": 0.0, "samples": 0}
+        self.session: dict[str, Any] = {"started": now(), "train_seconds": 0.0, "samples": 0}
         run.info.setdefault("sessions", []).append(self.session)
         self.steps_per_epoch = len(data.train)
         self.live = sys.stderr.isatty() and not args.quiet
@@ -185,8 +182,9 @@ class Report:
             self.drawn = instant
             rate = (trainer.batch - self.first_batch) / (instant - self.epoch_began)
             left = (self.args.epochs - trainer.epoch) * self.steps_per_epoch - trainer.batch
-            print(f"\r\033[Kepoch {trainer.epoch + 1}/{self.args.epochs}  batch {trainer.batch}/{self.steps_per_epoch}  "
-                  f"{rate * self.args.batch_size:,.0f} images/s  {left / rate:.0f} s left", end="", file=sys.stderr, flush=True)
+            line = (f"epoch {trainer.epoch + 1}/{self.args.epochs}  batch {trainer.batch}/{self.steps_per_epoch}  "
+                    f"{rate * self.args.batch_size:,.0f} images/s  {left / rate:.0f} s left")
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
     def on_epoch_end(self, trainer: tb.Trainer) -> None:
         synchronize(trainer.device)
@@ -199,8 +197,9 @@ class Report:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         last = {name: values[-1] for name, values in trainer.history.items()}
         best = "  best" if trainer.best_epoch == trainer.epoch - 1 else ""
-        self.say(f"{trainer.epoch:5}  {last['train_loss']:10.4f}  {last['train_acc']:9.2%}  {last['val_loss']:8.4f}  {last['val_acc']:7.2%}  "
-                 f"{last['lr']:7.1e}  {samples / seconds:8,.0f}  {seconds:7.1f}{best}")
+        self.say(f"{trainer.epoch:5}  {last['train_loss']:10.4f}  {last['train_acc']:9.2%}  "
+                 f"{last['val_loss']:8.4f}  {last['val_acc']:7.2%}  {last['lr']:7.1e}  "
+                 f"{samples / seconds:8,.0f}  {seconds:7.1f}{best}")
         self.run.write_metrics(metrics(trainer))
         self.run.write_info()
 
@@ -208,15 +207,20 @@ class Report:
 def metrics(trainer: tb.Trainer) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl: the history, without clock times, so that a resumed run's are the same."""
     rows = (dict(zip(trainer.history, values, strict=True)) for values in zip(*trainer.history.values(), strict=True))
-    return [{"epoch": i + 1, **{key: value if value is None or math.isfinite(value) else None for key, value in row.items()}}
-            for i, row in enumerate(rows)]
+    return [{"epoch": i, **{key: plain(value) for key, value in row.items()}} for i, row in enumerate(rows, start=1)]
+
+
+def plain(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None  # JSON has no NaN
 
 
 def judge(trainer: tb.Trainer, data: Data, run: tb.RunDirectory) -> dict[str, Any]:
-    """The best model on the test set, looked at once: loss, accuracy, by class, confusion, and the worst mistakes as a picture."""
+    """The best model on the test set, looked at once: loss, accuracy, by class, confusion; worst mistakes as PNG."""
     if trainer.best_epoch is None:
-        raise tb.NonFiniteLoss(f"no epoch of {trainer.epoch} had a finite validation loss, so there is no best model; lower --lr or set --clip-norm 1")
-    tb.load_weights(trainer.evaluated_model, tb.load_checkpoint(run.checkpoints / "best.pt")["model_state_dict"], "best.pt")
+        raise tb.NonFiniteLoss(f"no epoch of {trainer.epoch} had a finite validation loss, so there is no best model; "
+                               "lower --lr or set --clip-norm 1")
+    best = tb.load_checkpoint(run.checkpoints / "best.pt")
+    tb.load_weights(trainer.evaluated_model, best["model_state_dict"], "best.pt")
     logits = trainer.predict(data.test)
     targets = torch.cat([targets for _, targets in data.test]).cpu()
     predicted, number = logits.argmax(1), len(data.facts["classes"])
@@ -251,10 +255,12 @@ def draw_mistakes(logits: Tensor, targets: Tensor, data: Data, path: Path, most:
 def describe(args: argparse.Namespace, data: Data, trainer: tb.Trainer, run: tb.RunDirectory) -> None:
     """run.json: everything needed to know, and to repeat, what was done."""
     run.write_info(
-        command=shlex.join(sys.argv), arguments={**vars(args), "dataset": data.facts["dataset"], "output": str(run.path)}, seed=args.seed,
-        dataset=data.facts["dataset"], notice=data.notice, model=args.model, parameters=tb.count_parameters(trainer.model),
-        device=str(trainer.device), device_name=device_name(trainer.device), precision=trainer.precision, threads=torch.get_num_threads(),
-        versions={"torchbasics": tb.__version__, "torch": torch.__version__, "python": platform.python_version()}, git_commit=git_commit())
+        command=shlex.join(sys.argv), seed=args.seed, dataset=data.facts["dataset"], notice=data.notice,
+        model=args.model, arguments={**vars(args), "dataset": data.facts["dataset"], "output": str(run.path)},
+        parameters=tb.count_parameters(trainer.model), device=str(trainer.device),
+        device_name=device_name(trainer.device), precision=trainer.precision, threads=torch.get_num_threads(),
+        versions={"torchbasics": tb.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        git_commit=git_commit())
 
 
 def git_commit() -> str | None:
@@ -269,12 +275,14 @@ def now() -> str:
 
 
 def print_result(result: dict[str, Any], run: tb.RunDirectory, notice: str, kept: bool = True) -> None:
-    print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: validation {result['best_val_accuracy']:.2%}, "
-          f"test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f}) on {result['dataset']}")
-    print("by class: " + "  ".join(f"{name} {share:.1%}" for name, share in result["accuracy_by_class"].items() if share is not None))
+    print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: "
+          f"validation {result['best_val_accuracy']:.2%}, test {result['test_accuracy']:.2%} "
+          f"(loss {result['test_loss']:.4f}) on {result['dataset']}")
+    shares = {name: share for name, share in result["accuracy_by_class"].items() if share is not None}
+    print("by class: " + "  ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     print(f"stopped because: {result['stopped_because']}; training took {result['train_seconds']:.0f} s, "
           f"{result['samples_per_second']:,.0f} images/s")
-    script = shlex.join([Path(sys.executable).name, sys.argv[0]]) if sys.argv[0].endswith(".py") else "python scripts/train_mnist.py"
+    script = shlex.join([Path(sys.executable).name, sys.argv[0] if sys.argv[0].endswith(".py") else __file__])
     if kept:
         print(f"files:    {run.path}\ncontinue: {script} --resume {shlex.quote(str(run.path))}")
         print(f"weights:  {run.checkpoints / 'best.pt'}")
@@ -282,7 +290,7 @@ def print_result(result: dict[str, Any], run: tb.RunDirectory, notice: str, kept
         print(notice)
 
 
-# -------------------------------------------------------------------------------------------------------------- TensorBoard
+# --------------------------------------------------------------------------------------------------------- TensorBoard
 
 
 def tensorboard(run: tb.RunDirectory, trainer: tb.Trainer, data: Data) -> Any:
@@ -290,7 +298,7 @@ def tensorboard(run: tb.RunDirectory, trainer: tb.Trainer, data: Data) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise MissingExtra("--tensorboard needs the package tensorboard: pip install 'torchbasics[tensorboard]'") from None
+        raise MissingExtra("--tensorboard needs another package: pip install 'torchbasics[tensorboard]'") from None
     from torchvision.utils import make_grid
 
     writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=trainer.step)
@@ -335,66 +343,92 @@ def number(kind: type, low: float, high: float = math.inf, strict: bool = False)
             value = math.nan
         if not (math.isfinite(value) and (value > low if strict else value >= low) and value <= high):
             limits = f"{'above' if strict else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"expected {'a whole number' if kind is int else 'a number'} {limits}, got {text!r}")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} {limits}, got {text!r}")
         return value
 
     return parse
 
 
-COUNT, RATE = number(int, 1), number(float, 0, strict=True)
+COUNT, RATE, SHARE = number(int, 1), number(float, 0, strict=True), number(float, 0, 0.99)
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    data = parser.add_argument_group("data")
+    add_data_options(parser.add_argument_group("data"), parser.add_argument_group("model"))
+    add_training_options(parser.add_argument_group("optimisation"), parser.add_argument_group("precision and speed"))
+    add_run_options(parser.add_argument_group("stopping"), parser.add_argument_group("run"))
+    return parser
+
+
+def add_data_options(data: Any, model: Any) -> None:
     data.add_argument("--dataset", choices=("auto", *FOLDERS, "digits", "folder"), default="auto",
                       help="auto: MNIST if it is there or can be downloaded, else drawn digits (default: auto)")
-    data.add_argument("--data-dir", default="./data", metavar="DIR", help="where data sets are or go; the folder of images for --dataset folder (default: ./data)")
-    data.add_argument("--val-size", type=COUNT, default=5000, metavar="N", help="training images held out for validation (default: 5000)")
-    data.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True, help="rotate by up to 10 degrees and shift by up to a tenth (default: on)")
-    data.add_argument("--num-workers", type=number(int, 0), default=0, metavar="N", help="loader processes, for --dataset folder only (default: 0)")
-    data.add_argument("--image-size", type=COUNT, default=28, metavar="PIXELS", help="size that --dataset folder scales images to, divisible by 4 (default: 28)")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=("mnistnet", "cnn", "mlp", "simplenet"), default="mnistnet", help="network (default: mnistnet)")
-    model.add_argument("--dropout", type=number(float, 0, 0.99), default=0.25, metavar="P", help="probability of dropping, where the model has dropout (default: 0.25)")
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=COUNT, default=15, metavar="N", help="passes over the training images (default: 15)")
-    optimisation.add_argument("--batch-size", type=COUNT, default=128, metavar="N", help="images a batch (default: 128)")
-    optimisation.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="optimizer (default: adamw)")
-    optimisation.add_argument("--lr", type=RATE, default=3e-3, metavar="RATE", help="highest learning rate, per step (default: 0.003)")
-    optimisation.add_argument("--weight-decay", type=number(float, 0), default=1e-4, metavar="W", help="weight decay (default: 0.0001)")
-    optimisation.add_argument("--schedule", choices=SCHEDULES, default="onecycle", help="schedule of the learning rate (default: onecycle)")
-    optimisation.add_argument("--warmup-epochs", type=number(float, 0), default=0.0, metavar="E", help="epochs of linear warm-up (default: 0; onecycle has its own)")
-    optimisation.add_argument("--label-smoothing", type=number(float, 0, 0.99), default=0.0, metavar="S", help="share of the target spread over all classes (default: 0)")
-    optimisation.add_argument("--clip-norm", type=RATE, metavar="NORM", help="largest norm of the gradient (default: none)")
-    optimisation.add_argument("--clip-value", type=RATE, metavar="V", help="largest entry of the gradient (default: none)")
-    optimisation.add_argument("--accumulate", type=COUNT, default=1, metavar="N", help="batches whose gradients make one step (default: 1)")
-    optimisation.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY", help="keep averaged weights with this decay, e.g. 0.999 (default: 0, none)")
-    speed = parser.add_argument_group("precision and speed")
-    speed.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps or xpu (default: auto)")
-    speed.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where the hardware computes in it, else fp32 (default: auto)")
-    speed.add_argument("--compile", nargs="?", const=True, default=False, metavar="MODE", choices=(True, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-                       help="torch.compile, with one of its modes (default: off)")
-    stopping = parser.add_argument_group("stopping")
-    stopping.add_argument("--patience", type=number(int, 0), default=0, metavar="EPOCHS", help="stop after so many epochs without a lower validation loss (default: 0, never)")
-    stopping.add_argument("--min-delta", type=number(float, 0), default=0.0, metavar="D", help="how much lower counts as lower (default: 0)")
-    stopping.add_argument("--nan-policy", choices=("stop", "skip", "ignore"), default="stop", help="what a NaN or infinite loss does (default: stop)")
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", metavar="DIR", help="the run's directory (default: runs/DATASET-DATE-TIME)")
-    run.add_argument("--resume", nargs="?", const=True, default=False, metavar="DIR", help="continue the run in DIR (or in --output) with its own options (default: off)")
-    run.add_argument("--overwrite", action="store_true", help="replace an earlier run in the directory (default: off)")
-    run.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="seed of every random choice (default: 42)")
-    run.add_argument("--deterministic", action="store_true", help="deterministic kernels only (default: off)")
-    run.add_argument("--save-every", type=COUNT, metavar="N", help="save every N optimizer steps (default: once per epoch)")
-    run.add_argument("--keep", type=COUNT, default=3, metavar="N", help="checkpoints to keep beside the best (default: 3)")
-    run.add_argument("--limit-batches", type=COUNT, metavar="N", help="train on the first N batches of each epoch only (default: all)")
-    run.add_argument("--dry-run", action="store_true", help="two batches of everything, nothing kept (default: off)")
-    run.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too; needs that package (default: off)")
-    run.add_argument("--anomaly", action="store_true", help="torch's anomaly mode: slow, names the forward line of a NaN gradient (default: off)")
-    run.add_argument("--quiet", action="store_true", help="print the result only (default: off)")
-    run.add_argument("--debug", action="store_true", help="show tracebacks (default: off)")
-    run.add_argument("--version", action="version", version=f"torchbasics {tb.__version__}")
-    return parser
+    data.add_argument("--data-dir", default="./data", metavar="DIR",
+                      help="where data sets are or go; for --dataset folder the images (default: ./data)")
+    data.add_argument("--val-size", type=COUNT, default=5000, metavar="N",
+                      help="training images held out for validation (default: 5000)")
+    data.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True,
+                      help="rotate by up to 10 degrees and shift by up to a tenth (default: on)")
+    data.add_argument("--num-workers", type=number(int, 0), default=0, metavar="N",
+                      help="loader processes, for --dataset folder only (default: 0)")
+    data.add_argument("--image-size", type=COUNT, default=28, metavar="PIXELS",
+                      help="size that --dataset folder scales images to, divisible by 4 (default: 28)")
+    model.add_argument("--model", choices=MODELS, default="mnistnet",
+                       help="network (default: mnistnet)")
+    model.add_argument("--dropout", type=SHARE, default=0.25, metavar="P",
+                       help="probability of dropping, where the model has dropout (default: 0.25)")
+
+
+def add_training_options(optimisation: Any, speed: Any) -> None:
+    add = optimisation.add_argument
+    add("--epochs", type=COUNT, default=15, metavar="N", help="passes over the training images (default: 15)")
+    add("--batch-size", type=COUNT, default=128, metavar="N", help="images a batch (default: 128)")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="optimizer (default: adamw)")
+    add("--lr", type=RATE, default=3e-3, metavar="RATE", help="highest learning rate, per step (default: 0.003)")
+    add("--weight-decay", type=number(float, 0), default=1e-4, metavar="W", help="weight decay (default: 0.0001)")
+    add("--schedule", choices=SCHEDULES, default="onecycle", help="course of the learning rate (default: onecycle)")
+    add("--warmup-epochs", type=number(float, 0), default=0.0, metavar="E",
+        help="epochs of linear warm-up (default: 0; onecycle: 30%% of all)")
+    add("--label-smoothing", type=SHARE, default=0.0, metavar="S",
+        help="share of the target spread over all classes (default: 0)")
+    add("--clip-norm", type=RATE, metavar="NORM", help="largest norm of the gradient (default: none)")
+    add("--clip-value", type=RATE, metavar="V", help="largest entry of the gradient (default: none)")
+    add("--accumulate", type=COUNT, default=1, metavar="N", help="batches whose gradients make one step (default: 1)")
+    add("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
+        help="judge and keep averaged weights with this decay, e.g. 0.999 (default: 0, none)")
+    speed.add_argument("--device", default="auto", metavar="NAME",
+                       help="auto, cpu, cuda, cuda:1, mps or xpu (default: auto)")
+    speed.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                       help="auto: bf16 where the hardware computes in it, else fp32 (default: auto)")
+    speed.add_argument("--compile", nargs="?", const=True, default=False, choices=(True, *COMPILE_MODES),
+                       metavar="MODE", help=f"torch.compile, in a mode of {', '.join(COMPILE_MODES)} (default: off)")
+
+
+def add_run_options(stopping: Any, run: Any) -> None:
+    stopping.add_argument("--patience", type=number(int, 0), default=0, metavar="EPOCHS",
+                          help="stop after so many epochs without a lower validation loss (default: 0, never)")
+    stopping.add_argument("--min-delta", type=number(float, 0), default=0.0, metavar="D",
+                          help="how much lower counts as lower (default: 0)")
+    stopping.add_argument("--nan-policy", choices=("stop", "skip", "ignore"), default="stop",
+                          help="what a NaN or infinite loss does (default: stop)")
+    add = run.add_argument
+    add("--output", metavar="DIR", help="the run's directory (default: runs/DATASET-DATE-TIME)")
+    add("--resume", nargs="?", const=True, default=False, metavar="DIR",
+        help="continue the run in DIR (or in --output) with its own options (default: off)")
+    add("--overwrite", action="store_true", help="replace an earlier run in the directory (default: off)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="of every random choice (default: 42)")
+    add("--deterministic", action="store_true", help="deterministic kernels only (default: off)")
+    add("--save-every", type=COUNT, metavar="N", help="save every N optimizer steps (default: once per epoch)")
+    add("--keep", type=COUNT, default=3, metavar="N", help="checkpoints to keep beside the best (default: 3)")
+    add("--limit-batches", type=COUNT, metavar="N", help="train on the first N batches of each epoch (default: all)")
+    add("--dry-run", action="store_true", help="two batches of everything, nothing kept (default: off)")
+    add("--tensorboard", action="store_true", help="write TensorBoard files too; needs that package (default: off)")
+    add("--anomaly", action="store_true", help="name the forward line of a NaN gradient; slow (default: off)")
+    add("--quiet", action="store_true", help="print the result only (default: off)")
+    add("--debug", action="store_true", help="show tracebacks (default: off)")
+    add("--version", action="version", version=f"torchbasics {tb.__version__}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -414,10 +448,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def recorded_args(argv: list[str] | None, args: argparse.Namespace, run: tb.RunDirectory) -> argparse.Namespace:
-    """The options recorded in run.json, with those of the command line on top; one that would change the course is refused."""
+    """The options recorded in run.json, and those given now; one that would change the run's course is refused."""
     recorded = run.info.get("arguments")
     if not isinstance(recorded, dict) or recorded.keys() != vars(args).keys():
-        raise ValueError(f"{run.path / 'run.json'}: does not hold the options of this script's version; cannot resume this run")
+        raise ValueError(f"{run.path / 'run.json'}: holds the options of another version of this script; "
+                         "resume with that one, or start a new run")
     parser = make_parser()
     parser.set_defaults(**recorded)
     merged = parser.parse_args(argv)
@@ -430,11 +465,11 @@ def recorded_args(argv: list[str] | None, args: argparse.Namespace, run: tb.RunD
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 failed, 2 bad input, 3 optional package missing, 128 + signal when interrupted and saved."""
+    """Returns 0 done, 1 failed, 2 bad input, 3 optional package missing, 128 + signal when interrupted and saved."""
     args = parse_args(argv)
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
+            setattr(warnings, "showwarning", print_warning)  # noqa: B010 (mypy forbids to assign to a function)
             return train(args, argv, stack)
     except tb.Interrupted as stop:
         print(f"\ninterrupted: {stop}; continue with --resume {stop.checkpoint.parents[1]}", file=sys.stderr)
@@ -451,6 +486,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) or type(error) is ConnectionError else 1
 
 
+def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def one_line(error: Exception) -> str:
     text = str(error).strip()
     if "Original Traceback" in text:  # from a loader's worker: its last line is the error
@@ -459,8 +498,11 @@ def one_line(error: Exception) -> str:
     if type(error) is ConnectionError:  # of a download; not a broken pipe
         text += "; connect to the network, put the files under --data-dir, or use --dataset digits"
     elif isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename or 'the output directory'}: {error.strerror}; older checkpoints are intact, make room or permit writing, then --resume"
-    return text if isinstance(error, (ValueError, OSError, ImportError, tb.NonFiniteLoss)) else f"{type(error).__name__}: {text[:300]} (--debug shows where)"
+        text = (f"{error.filename or 'the output directory'}: {error.strerror}; older checkpoints are intact, "
+                "make room or permit writing, then --resume")
+    if isinstance(error, (ValueError, OSError, ImportError, tb.NonFiniteLoss)):
+        return text
+    return f"{type(error).__name__}: {text[:300]} (--debug shows where)"
 
 
 def train(args: argparse.Namespace, argv: list[str] | None, stack: contextlib.ExitStack) -> int:
@@ -490,26 +532,31 @@ def train(args: argparse.Namespace, argv: list[str] | None, stack: contextlib.Ex
         trainer.on_epoch_end += (tensorboard(run, trainer, data),)
     introduce(report, args, data, trainer, start)
     trainer.fit(data.train, data.val, args.epochs, verbose=False)
-    result = judge(trainer, data, run)
-    sessions = run.info["sessions"]
-    seconds = sum(session["train_seconds"] for session in sessions)
-    result |= {
-        "best_val_accuracy": trainer.history["val_acc"][trainer.best_epoch], "best_epoch": trainer.best_epoch + 1, "epochs_run": trainer.epoch,
-        "train_seconds": seconds, "total_seconds": time.monotonic() - began,
-        "samples_per_second": sum(session["samples"] for session in sessions) / seconds if seconds else 0.0,
-        "stopped_because": trainer.early_stopping.reason if trainer.stopped_early else f"all {args.epochs} epochs done",
-        "skipped_steps": trainer.skipped, "dataset": data.facts["dataset"], "notice": data.notice, "model": args.model,
-        "parameters": tb.count_parameters(trainer.model)}
+    result = judge(trainer, data, run) | summary(args, data, trainer, run) | {"total_seconds": time.monotonic() - began}
     run.write_info(result=result)
     print_result(result, run, data.notice, kept=not args.dry_run)
     return 0
+
+
+def summary(args: argparse.Namespace, data: Data, trainer: tb.Trainer, run: tb.RunDirectory) -> dict[str, Any]:
+    """What run.json says of the training itself, over all sessions of the run."""
+    assert trainer.best_epoch is not None  # judge has seen to that
+    seconds = sum(session["train_seconds"] for session in run.info["sessions"])
+    samples = sum(session["samples"] for session in run.info["sessions"])
+    return {
+        "best_val_accuracy": trainer.history["val_acc"][trainer.best_epoch], "best_epoch": trainer.best_epoch + 1,
+        "epochs_run": trainer.epoch, "train_seconds": seconds,
+        "samples_per_second": samples / seconds if seconds else 0.0,
+        "stopped_because": trainer.early_stopping.reason if trainer.stopped_early else f"all {args.epochs} epochs done",
+        "skipped_steps": trainer.skipped, "dataset": data.facts["dataset"], "notice": data.notice, "model": args.model,
+        "parameters": tb.count_parameters(trainer.model)}
 
 
 def introduce(report: Report, args: argparse.Namespace, data: Data, trainer: tb.Trainer, start: Path | None) -> None:
     if data.notice:
         report.say(data.notice)
     train, val, test = data.facts["samples"]
-    report.say(f"{data.facts['dataset']}: {train:,} training, {val:,} validation, {test:,} test images; {args.model} with "
+    report.say(f"{data.facts['dataset']}: {train:,} training, {val:,} validation, {test:,} test images; {args.model}, "
                f"{tb.count_parameters(trainer.model):,} parameters; {device_name(trainer.device)}; {trainer.precision}")
     if args.resume:
         report.say(f"resumed from {start.name}: epoch {trainer.epoch + 1}, batch {trainer.batch + 1}" if start
@@ -519,7 +566,8 @@ def introduce(report: Report, args: argparse.Namespace, data: Data, trainer: tb.
 
 def unused_directory(dataset: str) -> Path:
     name = f"{'mnist' if dataset == 'auto' else dataset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    return next(path for i in range(1, 1000) if not (path := Path("runs") / (name if i == 1 else f"{name}-{i}")).exists())
+    paths = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 1000))
+    return next(path for path in paths if not path.exists())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torchbasics import data, digits
 from torchbasics.data import (
     BatchOrder,
     CustomDataset,
+    Images,
     RandomAffine,
     SeededImageFolder,
     TensorLoader,
@@ -29,6 +30,7 @@ from torchbasics.data import (
     get_transforms,
     load_images,
     load_mnist,
+    load_splits,
     mix_seed,
     pad_collate,
     seeded,
@@ -734,6 +736,27 @@ class Parts(unittest.TestCase):
         self.assertEqual([y.tolist() for _, y in batches], [[0, 1], [2, 3], [4]])
         with self.assertRaisesRegex(ValueError, "3 samples for 2 labels"):
             CustomDataset([1, 2, 3], [1, 2])
+
+
+class LoadSplits(unittest.TestCase):
+    def test_training_validation_and_test_images_are_disjoint_and_seeded(self) -> None:
+        def few(name: str, data_dir: object, train: bool) -> Images:
+            count = 30 if train else 10
+            images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1) + (0 if train else 100)
+            return Images(images, torch.zeros(count, dtype=torch.int64), ("a",))
+
+        with mock.patch("torchbasics.data.load_images", few):
+            train, val, test = load_splits("digits", val_size=8, seed=1)
+            again, other = load_splits("digits", val_size=8, seed=1), load_splits("digits", val_size=8, seed=2)
+            for size in (0, 30):
+                with self.assertRaisesRegex(ValueError, f"between 1 and 29 for digits, got {size}"):
+                    load_splits("digits", val_size=size)
+        values = [part.inputs.flatten().tolist() for part in (train, val, test)]
+        self.assertEqual([len(part) for part in values], [22, 8, 10])
+        self.assertEqual(sorted(values[0] + values[1]), list(range(30)))
+        self.assertEqual(values[2], list(range(100, 110)))
+        self.assertEqual(values[1], again[1].inputs.flatten().tolist())
+        self.assertNotEqual(values[1], other[1].inputs.flatten().tolist())
 
 
 if __name__ == "__main__":

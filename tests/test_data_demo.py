@@ -74,8 +74,9 @@ class WholeDemo(DemoTest):
         written = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
         photos = {f"photos/{shape}/{number}.png" for shape in ("circle", "square") for number in range(3)}
         damaged = {f"damaged/circle/{number}.png" for number in range(3)}
-        self.assertEqual({name.replace(os.sep, "/") for name in written},
-                         photos | damaged | {"transforms.png", "pipeline.png"})
+        self.assertEqual(
+            {name.replace(os.sep, "/") for name in written}, photos | damaged | {"transforms.png", "pipeline.png"}
+        )
         self.assertEqual([path.name for path in self.folder.iterdir()], ["new"])
         self.assertIn(str(output / "transforms.png"), out)
         for name in ("MNIST", "FashionMNIST", "KMNIST", "cifar-10-batches-py"):

@@ -253,9 +253,9 @@ class Torch(unittest.TestCase):
             "import sys, time, subprocess\n"
             "mark = sys.argv[1]\n"
             "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"  # keeps the pipe open
-            "print(mark + '{\"results\": [[\"PASS\", \"first\", \"%d\", \"\"]]}' % worker.pid)\n"
+            'print(mark + \'{"results": [["PASS", "first", "%d", ""]]}\' % worker.pid)\n'
             "print('noise of a library')\n"
-            "print(mark + '{\"running\": \"second\"}', flush=True)\n"
+            'print(mark + \'{"running": "second"}\', flush=True)\n'
             "print(mark + '{\"torn', end='', flush=True)\n"
             "time.sleep(60)\n"
         )

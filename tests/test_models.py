@@ -386,5 +386,22 @@ class Doctests(unittest.TestCase):
         self.assertEqual(result.failed, 0)
 
 
+class MakeModel(unittest.TestCase):
+    def test_each_name_gives_its_class_with_the_arguments_passed_on(self) -> None:
+        expected = {
+            "mnistnet": models.MNISTNet(7, 0.1, 3, 32),
+            "cnn": models.CNN(7, 3, 32, 0.1),
+            "mlp": models.MLP(3 * 32 * 32, 256, 7, 0.1),
+            "simplenet": models.SimpleNet(3 * 32 * 32, num_classes=7),
+        }
+        self.assertEqual(set(models.MODELS), set(expected))
+        for name, model in expected.items():
+            self.assertEqual(str(models.make_model(name, 7, 3, 32, 0.1)), str(model), name)
+
+    def test_another_name_is_refused_with_the_names(self) -> None:
+        with self.assertRaisesRegex(ValueError, "mnistnet, cnn, mlp, simplenet, got 'resnet'"):
+            models.make_model("resnet")
+
+
 if __name__ == "__main__":
     unittest.main()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from torchbasics import mnist
+from torchbasics.models import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "train_mnist.py"
@@ -231,7 +232,7 @@ class ARun(ScriptCase):
         inputs, targets = few_digits(10_000, seed=1)
         order = torch.randperm(240, generator=torch.Generator().manual_seed(7))
         pixels = train[order[40:]].double() / 255
-        model = script.build_model("mlp", {"classes": range(10), "in_channels": 1, "image_size": 28}, 0.25).eval()
+        model = make_model("mlp").eval()
         model.load_state_dict(torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model_state_dict"])
         with torch.no_grad():
             logits = model(((inputs / 255 - float(pixels.mean())) / float(pixels.std(correction=0))).float())
@@ -656,7 +657,7 @@ class BadInput(ScriptCase):
 
     def test_values_that_do_not_fit_together(self) -> None:
         self.refused("--batch-size 201 is larger than the 200 training", "--batch-size", 201)
-        self.refused("--val-size must lie between 1 and 239", "--val-size", 240)
+        self.refused("val_size must lie between 1 and 239", "--val-size", 240)
         self.refused("warm-up|warmup", "--warmup-epochs", 5)
         self.refused("plateau", "--warmup-epochs", 1, "--schedule", "plateau")
 
@@ -949,7 +950,7 @@ class Copied(ScriptCase):
         self.assertEqual((run / "metrics.jsonl").read_bytes(), (straight / "metrics.jsonl").read_bytes())
         found, expected = last_checkpoint(run), last_checkpoint(straight)
         for state in (found, expected):  # NumPy's state is there only if something loaded NumPy in that process
-            for part in (state["random_state"], state["epoch_start"]):
+            for part in (state["random_state"], state["position"]["epoch_start"]):
                 part.pop("numpy", None)
         self.assertEqual(differences(found, expected), [])
 

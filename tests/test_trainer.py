@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchbasics.checkpoint import CheckpointError, load_checkpoint
 from torchbasics.early_stopping import EarlyStopping
-from torchbasics.optim import averaged_copy
 from torchbasics.evaluation import compute_accuracy, evaluate, predict
+from torchbasics.optim import averaged_copy
 from torchbasics.trainer import Interrupted, NonFiniteLoss, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]

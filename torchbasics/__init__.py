@@ -19,6 +19,7 @@ from torchbasics.data import (
     get_transforms,
     load_images,
     load_mnist,
+    load_splits,
     pad_collate,
     split_dataset,
 )
@@ -40,6 +41,7 @@ from torchbasics.models import (
     count_parameters_by_layer,
     freeze,
     init_weights,
+    make_model,
     unfreeze,
 )
 from torchbasics.optim import (
@@ -88,7 +90,9 @@ __all__ = [
     "load_checkpoint",
     "load_images",
     "load_mnist",
+    "load_splits",
     "load_weights",
+    "make_model",
     "make_optimizer",
     "make_schedule",
     "pad_collate",

@@ -3,8 +3,8 @@
     save_checkpoint({"epoch": 3, "model_state_dict": model.state_dict(), …}, "runs/a/checkpoints/step-00001407.pt")
     checkpoint = load_checkpoint("runs/a/checkpoints/step-00001407.pt")
 
-Beside each file lies a record, `step-00001407.pt.json`, with its size and SHA-256. The files are ordinary torch files of
-tensors and plain values: `torch.load(path, weights_only=True)` reads them too.
+Beside each file lies a record, `step-00001407.pt.json`, with its size and SHA-256. The files are ordinary torch files
+of tensors and plain values: `torch.load(path, weights_only=True)` reads them too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CheckpointError(ValueError):
 
 
 class _HashingFile(io.RawIOBase):
-    """Passes on what is written, and knows its size and SHA-256: the record describes what was meant to reach the disk."""
+    """Passes on what is written, and knows its size and SHA-256: the record tells what was meant to reach the disk."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256, self.size = file, hashlib.sha256(), 0
@@ -133,15 +133,20 @@ def _read_record(path: Path) -> list[dict]:
             raise ValueError("its own hash does not match")
         return [{"size": int(entry["size"]), "sha256": str(entry["sha256"])} for entry in entries]
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: its record {path.name}.json is missing, so its content cannot be checked; "
-                              "use another checkpoint") from None
+        raise CheckpointError(
+            f"{path}: its record {path.name}.json is missing, so its content cannot be checked; use another checkpoint"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{_record_path(path)}: damaged record ({_first_line(error)}); use another checkpoint") from None
+        raise CheckpointError(
+            f"{_record_path(path)}: damaged record ({_first_line(error)}); use another checkpoint"
+        ) from None
 
 
 def _open_regular(path: Path) -> BinaryIO:
     """Opens a regular file only: a pipe would wait for ever, a link could lead anywhere."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError("not a regular file")
@@ -154,10 +159,10 @@ def _open_regular(path: Path) -> BinaryIO:
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Saves `checkpoint` (tensors, and plain values in dicts, lists and tuples) as a torch file at `path`, durably.
 
-    It needs the keys `epoch`, `model_state_dict`, `optimizer_state_dict` and `loss`, and may have any others; `format` is
-    added. When it returns, the file and its record are on the disk; when it raises (OSError: disk full, read-only, …;
-    TypeError: a value that safe loading would refuse; CheckpointError: a key is missing), what was there before is still
-    there and loads.
+    It needs the keys `epoch`, `model_state_dict`, `optimizer_state_dict` and `loss`, and may have any others; `format`
+    is added. When it returns, the file and its record are on the disk; when it raises (OSError: disk full, …;
+    TypeError: a value that safe loading would refuse; CheckpointError: a key is missing), what was there before is
+    still there and loads.
     """
     path = Path(path)
     checkpoint = check_schema({"format": FORMAT, **checkpoint}, path)
@@ -217,7 +222,9 @@ def _check_content(path: Path, file: BinaryIO) -> dict:
     entries = _read_record(path)
     size = os.fstat(file.fileno()).st_size
     if size not in [entry["size"] for entry in entries]:
-        raise CheckpointError(f"{path}: damaged: {size:,} bytes, its record says {entries[0]['size']:,}; use another checkpoint")
+        raise CheckpointError(
+            f"{path}: damaged: {size:,} bytes, its record says {entries[0]['size']:,}; use another checkpoint"
+        )
     found = {"size": size, "sha256": _sha256(file)}
     if found not in entries:
         raise CheckpointError(f"{path}: damaged: its SHA-256 is not the recorded one; use another checkpoint")
@@ -246,12 +253,17 @@ def _check_plain(value: Any, where: str) -> None:
         for index, item in enumerate(value):
             _check_plain(item, f"{where}[{index}]")
     elif type(value) not in PLAIN:
-        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only: "
-                        "convert it, e.g. by float(…) or dict(…)")
+        raise TypeError(
+            f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only: "
+            "convert it, e.g. by float(…) or dict(…)"
+        )
 
 
 SCHEMA: dict[str, type | tuple[type, ...]] = {
-    "format": int, "epoch": int, "model_state_dict": dict, "optimizer_state_dict": dict,
+    "format": int,
+    "epoch": int,
+    "model_state_dict": dict,
+    "optimizer_state_dict": dict,
     "loss": (float, int, type(None)),
 }
 
@@ -261,13 +273,17 @@ def check_schema(checkpoint: Any, path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, expected a dict with {', '.join(SCHEMA)}")
     if checkpoint.get("format", FORMAT) != FORMAT:  # first: another format may have other keys
-        raise CheckpointError(f"{path}: format {checkpoint['format']!r}, this version of torchbasics reads {FORMAT}; "
-                              "use the version that wrote it, or a newer one")
+        raise CheckpointError(
+            f"{path}: format {checkpoint['format']!r}, this version of torchbasics reads {FORMAT}; "
+            "use the version that wrote it, or a newer one"
+        )
     for key, kind in SCHEMA.items():
         if key not in checkpoint:
             raise CheckpointError(f"{path}: the key {key!r} is missing; not a checkpoint of this format")
         if not isinstance(checkpoint[key], kind):
-            raise CheckpointError(f"{path}: {key!r} is a {type(checkpoint[key]).__name__}; not a checkpoint of this format")
+            raise CheckpointError(
+                f"{path}: {key!r} is a {type(checkpoint[key]).__name__}; not a checkpoint of this format"
+            )
     for name, tensor in checkpoint["model_state_dict"].items():
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path}: model_state_dict[{name!r}] is a {type(tensor).__name__}, expected a tensor")
@@ -288,7 +304,7 @@ def bare_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def bare_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """`model`'s state dict under the names that the plain model has: no `module.`, no `_orig_mod.` of a compiled part."""
+    """`model`'s state dict under the plain model's names: no `module.`, no `_orig_mod.` of a compiled part."""
     return _without(("_orig_mod",), bare_model(model).state_dict())
 
 
@@ -425,8 +441,10 @@ class RunDirectory:
         if resume:
             self.info = _read_json(self.path / "run.json")
         elif used and not overwrite:
-            raise ValueError(f"{self.path}: holds an earlier run ({used[0]}); use --resume to continue it, --overwrite to replace it, "
-                             "or another --output")
+            raise ValueError(
+                f"{self.path}: holds an earlier run ({used[0]}); use --resume to go on, --overwrite to replace it "
+                "or another --output"
+            )
         elif used:
             self._clear()
         _remove_stale(self.path)

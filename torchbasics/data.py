@@ -63,6 +63,17 @@ def load_images(name: str, data_dir: str | os.PathLike = "./data", train: bool =
     return Images(inputs, targets, CLASSES[name])
 
 
+def load_splits(
+    name: str, data_dir: str | os.PathLike = "./data", val_size: int = 5000, seed: int = 42
+) -> tuple[Images, Images, Images]:
+    """Training, validation and test images; the `val_size` validation images are a random part of the training ones."""
+    full, test = (load_images(name, data_dir, train) for train in (True, False))
+    if not 1 <= val_size < len(full):
+        raise ValueError(f"val_size must lie between 1 and {len(full) - 1} for {name}, got {val_size}")
+    shuffled = torch.randperm(len(full), generator=torch.Generator().manual_seed(seed))
+    return full.subset(shuffled[val_size:]), full.subset(shuffled[:val_size]), test
+
+
 def channel_statistics(inputs: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of uint8 images (N, C, H, W), on the scale 0 to 1.
 
@@ -79,20 +90,34 @@ def channel_statistics(inputs: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def load_mnist(
-    batch_size: int = 64, data_dir: str | os.PathLike = "./data", *, name: str = "mnist", augment: bool = False,
-    device: torch.device | str = "cpu", seed: int = 42, download: bool = True,
+    batch_size: int = 64,
+    data_dir: str | os.PathLike = "./data",
+    *,
+    name: str = "mnist",
+    augment: bool = False,
+    device: torch.device | str = "cpu",
+    seed: int = 42,
+    download: bool = True,
 ) -> tuple[TensorLoader, TensorLoader]:
     """Returns loaders of the training images (shuffled) and of the test images, normalised: (train, test)."""
     train, test = (load_images(name, data_dir, part, download) for part in (True, False))
     mean, std = NORMALISATION.get(name) or channel_statistics(train.inputs)
     options: dict[str, Any] = {"device": device, "mean": mean, "std": std}
     return (
-        TensorLoader(train.inputs, train.targets, batch_size, shuffle=True, seed=seed, augment=RandomAffine() if augment else None, **options),
+        TensorLoader(
+            train.inputs,
+            train.targets,
+            batch_size,
+            shuffle=True,
+            seed=seed,
+            augment=RandomAffine() if augment else None,
+            **options,
+        ),
         TensorLoader(test.inputs, test.targets, batch_size, **options),
     )
 
 
-# ----------------------------------------------------------------------------------------------------- order and batches
+# ---------------------------------------------------------------------------------------------------- order and batches
 
 
 def mix_seed(*numbers: int) -> int:
@@ -105,20 +130,30 @@ class BatchOrder:
     """Which of `count` samples form which batch: a function of (seed, epoch).
 
     `batch_size` is that of all processes together; each takes its part of every batch, without padding (the last parts
-    may be empty). Iterating yields (number of the batch, indices of all its samples, slice of this process's part), starts at
-    the position given to `load_state_dict`, and moves on to the next epoch at its end.
+    may be empty). Iterating yields (number of the batch, indices of all its samples, slice of this process's part),
+    starts at the position given to `load_state_dict`, and moves on to the next epoch at its end.
     """
 
     def __init__(
-        self, count: int, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False,
-        limit_batches: int | None = None, rank: int | None = None, world_size: int | None = None,
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        limit_batches: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         if count < 1:
             raise ValueError("the data set is empty")
         if batch_size < 1 or (limit_batches is not None and limit_batches < 1):
             raise ValueError(f"batch_size and limit_batches must be at least 1, got {batch_size} and {limit_batches}")
         if drop_last and batch_size > count:
-            raise ValueError(f"a batch of {batch_size} is larger than the data set of {count} samples; choose a smaller batch_size")
+            raise ValueError(
+                f"a batch of {batch_size} is larger than the data set of {count} samples; choose a smaller batch_size"
+            )
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
@@ -160,7 +195,9 @@ class BatchOrder:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """The next iteration starts at `state`, without touching the data before it."""
         if not 0 <= state["batch"] <= self.batches:
-            raise ValueError(f"position {state['batch']} lies beyond the {self.batches} batches of an epoch; is it another data set?")
+            raise ValueError(
+                f"position {state['batch']} lies beyond the {self.batches} batches of an epoch; is it another data set?"
+            )
         self.set_epoch(state["epoch"])
         self._position = self._start = state["batch"]
 
@@ -193,7 +230,9 @@ class RandomAffine:
         cos, sin = torch.cos(draws[:, 0] * self.radians), torch.sin(draws[:, 0] * self.radians)
         # affine_grid takes the map from output to input, in coordinates where the image reaches from -1 to 1
         shift = draws[:, 1:] * (2 * self.shift)
-        matrix = torch.stack([cos, -sin * (height / width), shift[:, 0], sin * (width / height), cos, shift[:, 1]], dim=1)
+        matrix = torch.stack(
+            [cos, -sin * (height / width), shift[:, 0], sin * (width / height), cos, shift[:, 1]], dim=1
+        )
         grid = F.affine_grid(matrix.view(-1, 2, 3), list(inputs.shape), align_corners=False)
         return F.grid_sample(inputs, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
@@ -201,9 +240,10 @@ class RandomAffine:
 class TensorLoader:
     """Batches of a data set that lies in memory, on the training device, as two tensors.
 
-    Yields `(inputs, targets)`. uint8 inputs are taken as images: converted to float32 on the scale 0 to 1, augmented, and
-    normalised by `mean` and `std` (one number a channel); others pass as they are. A whole batch is cut by one indexing
-    operation: no worker, no collating, no copy from the host. `rank` and `world_size` default to those of the process.
+    Yields `(inputs, targets)`. uint8 inputs are taken as images: converted to float32 on the scale 0 to 1, augmented,
+    and normalised by `mean` and `std` (one number a channel); others pass as they are. A whole batch is cut by one
+    indexing operation: no worker, no collating, no copy from the host. `rank` and `world_size` default to those of the
+    process.
 
     >>> loader = TensorLoader(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10), batch_size=4)
     >>> [tuple(inputs.shape) for inputs, targets in loader]
@@ -211,24 +251,45 @@ class TensorLoader:
     """
 
     def __init__(
-        self, inputs: Tensor, targets: Tensor, batch_size: int = 64, *, shuffle: bool = False, seed: int = 0,
-        device: torch.device | str = "cpu", mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,),
-        augment: Augmentation | None = None, drop_last: bool = False, limit_batches: int | None = None,
-        rank: int | None = None, world_size: int | None = None,
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        batch_size: int = 64,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        augment: Augmentation | None = None,
+        drop_last: bool = False,
+        limit_batches: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         if len(inputs) != len(targets):
             raise ValueError(f"{len(inputs)} inputs for {len(targets)} targets; expected as many")
         if augment is not None and inputs.dim() != 4:
             raise ValueError(f"augmentation needs images (N, C, H, W), got shape {tuple(inputs.shape)}")
         if len(mean) != len(std) or len(mean) not in {1, *inputs.shape[1:2]}:
-            raise ValueError(f"mean and std need one number, or one a channel; got {len(mean)} and {len(std)} "
-                             f"for inputs {tuple(inputs.shape)}")
+            raise ValueError(
+                f"mean and std need one number, or one a channel; got {len(mean)} and {len(std)} "
+                f"for inputs {tuple(inputs.shape)}"
+            )
         if min(std) <= 0:
             raise ValueError(f"std must be positive, got {tuple(std)}")
         self.device = torch.device(device)
         self.inputs, self.targets, self.augment = inputs.to(self.device), targets.to(self.device), augment
         self.batches = BatchOrder(
-            len(inputs), batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, limit_batches=limit_batches, rank=rank, world_size=world_size)
+            len(inputs),
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            limit_batches=limit_batches,
+            rank=rank,
+            world_size=world_size,
+        )
         shape = (-1, *[1] * (inputs.dim() - 2))
         self._shift = torch.tensor(mean, dtype=torch.float32, device=self.device).mul(255).view(shape)
         self._scale = torch.tensor(std, dtype=torch.float32, device=self.device).mul(255).reciprocal().view(shape)
@@ -245,7 +306,9 @@ class TensorLoader:
         if inputs.dtype == torch.uint8:
             inputs = inputs.float()
         if self.augment is not None:
-            generator = torch.Generator(self.device).manual_seed(mix_seed(self.batches.seed, self.batches.epoch, number))
+            generator = torch.Generator(self.device).manual_seed(
+                mix_seed(self.batches.seed, self.batches.epoch, number)
+            )
             inputs = self.augment(inputs, self.augment.draw(len(samples), generator)[part])
         return inputs.sub_(self._shift).mul_(self._scale) if self.inputs.dtype == torch.uint8 else inputs
 
@@ -262,26 +325,33 @@ class TensorLoader:
         self.batches.load_state_dict(state)
 
 
-# ------------------------------------------------------------------------------------------------------ folders of images
+# ---------------------------------------------------------------------------------------------------- folders of images
 
 
 class SeededImageFolder(Dataset):
     """Images in one folder per class, whose random transforms depend on (seed, epoch, sample) alone.
 
-    An item is `(transform(image), class index)`; it is asked for by its index (epoch 0) or by `(index, epoch)`. `image` is a
-    PIL image in mode `mode`. Raises DataError if there is nothing to read, or, naming it, for an unreadable image.
+    An item is `(transform(image), class index)`; it is asked for by its index (epoch 0) or by `(index, epoch)`. `image`
+    is a PIL image in mode `mode` (by default grey or colour, as the first image is). Raises DataError if there is
+    nothing to read, or, naming it, for an unreadable image.
     """
 
-    def __init__(self, root: str | os.PathLike, transform: Callable | None = None, *, seed: int = 0, mode: str | None = None) -> None:
+    def __init__(
+        self, root: str | os.PathLike, transform: Callable | None = None, *, seed: int = 0, mode: str | None = None
+    ) -> None:
         self.root, self.transform, self.seed = Path(root), transform, seed
         folders = sorted(path for path in _entries(self.root) if path.is_dir() and not path.name.startswith("."))
         self.classes = tuple(path.name for path in folders)
         self.samples = [
-            (path, index) for index, folder in enumerate(folders) for path in sorted(_entries(folder))
+            (path, index)
+            for index, folder in enumerate(folders)
+            for path in sorted(_entries(folder))
             if path.suffix.lower() in IMAGE_ENDINGS
         ]
         if not self.samples:
-            raise DataError(f"{self.root}: no images; expected one folder per class with {', '.join(IMAGE_ENDINGS[:3])} … in it")
+            raise DataError(
+                f"{self.root}: no images; expected one folder per class with {', '.join(IMAGE_ENDINGS[:3])} … in it"
+            )
         self.targets = torch.tensor([label for _, label in self.samples])
         self.mode = mode or ("L" if self._open(0).mode in ("1", "L", "I", "I;16", "LA") else "RGB")
 
@@ -306,14 +376,18 @@ class SeededImageFolder(Dataset):
                 image.load()
                 return image
         except Exception as error:  # PIL raises nearly anything on a broken file
-            raise DataError(f"{path}: not a readable image ({str(error) or type(error).__name__}); repair or remove it") from None
+            raise DataError(
+                f"{path}: not a readable image ({str(error) or type(error).__name__}); repair or remove it"
+            ) from None
 
 
 def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read as a folder ({error.strerror}); give a folder with one folder per class") from None
+        raise DataError(
+            f"{folder}: cannot be read as a folder ({error.strerror}); give a folder with one folder per class"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -330,11 +404,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class FolderBatches:
-    """A `batch_sampler` for DataLoader: the keys `(index, epoch)` of this process's part of every batch of `indices`."""
+    """A `batch_sampler` for DataLoader: the keys `(index, epoch)` of this process's part of every batch."""
 
     def __init__(self, indices: Sequence[int], batches: BatchOrder) -> None:
         self.indices, self.batches = list(indices), batches
-        self.set_epoch, self.state_dict, self.load_state_dict = batches.set_epoch, batches.state_dict, batches.load_state_dict
+        self.set_epoch, self.state_dict, self.load_state_dict = (
+            batches.set_epoch,
+            batches.state_dict,
+            batches.load_state_dict,
+        )
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -345,15 +423,27 @@ class FolderBatches:
 
 
 def folder_loader(
-    folder: SeededImageFolder, batch_size: int = 64, *, indices: Sequence[int] | None = None, shuffle: bool = False, seed: int = 0,
-    limit_batches: int | None = None, num_workers: int = 0, pin_memory: bool = False,
+    folder: SeededImageFolder,
+    batch_size: int = 64,
+    *,
+    indices: Sequence[int] | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    limit_batches: int | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """A DataLoader over `folder` (or those of its samples at `indices`) that a Trainer can resume exactly."""
     indices = range(len(folder)) if indices is None else indices
     order = BatchOrder(len(indices), batch_size, shuffle=shuffle, seed=seed, limit_batches=limit_batches)
     return DataLoader(
-        folder, batch_sampler=FolderBatches(indices, order), num_workers=num_workers, pin_memory=pin_memory,
-        persistent_workers=num_workers > 0, collate_fn=functools.partial(_collate_part, folder))
+        folder,
+        batch_sampler=FolderBatches(indices, order),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        collate_fn=functools.partial(_collate_part, folder),
+    )
 
 
 def _collate_part(folder: SeededImageFolder, samples: list) -> Any:
@@ -361,13 +451,16 @@ def _collate_part(folder: SeededImageFolder, samples: list) -> Any:
     return default_collate(samples) if samples else [part[:0] for part in default_collate([folder[0]])]
 
 
-# ------------------------------------------------------------------------------- splits, collating, transforms, a Dataset
+# ----------------------------------------------------------------------------- splits, collating, transforms, a Dataset
 
 
 def split_dataset(
-    dataset: Dataset, fractions: Sequence[float] = (0.8, 0.1, 0.1), seed: int = 42, labels: Sequence[int] | Tensor | None = None
+    dataset: Dataset,
+    fractions: Sequence[float] = (0.8, 0.1, 0.1),
+    seed: int = 42,
+    labels: Sequence[int] | Tensor | None = None,
 ) -> list[Subset]:
-    """Splits `dataset` into disjoint random parts by torch's random_split; with `labels`, each class alike (stratified).
+    """Splits `dataset` into disjoint parts by torch's random_split; with `labels`, each class alike (stratified).
 
     The parts' sizes are their `fractions` of the whole, to less than one sample; in each class, to a sample or two.
     """
@@ -396,14 +489,17 @@ def pad_collate(samples: Sequence[tuple[Tensor, Any]], padding_value: float = 0.
     """
     sequences, targets = zip(*samples, strict=True)
     padded = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=padding_value)
-    return padded, torch.tensor([len(sequence) for sequence in sequences]), torch.as_tensor(targets) if not isinstance(
-        targets[0], Tensor) else torch.stack(targets)
+    return (
+        padded,
+        torch.tensor([len(sequence) for sequence in sequences]),
+        torch.as_tensor(targets) if not isinstance(targets[0], Tensor) else torch.stack(targets),
+    )
 
 
 def get_transforms(train: bool, size: int = 224) -> Callable:
     """torchvision's usual pipeline for colour photographs: PIL image or uint8 tensor in, float32 (3, size, size) out.
 
-    Training: random crop and scale, flip, colour jitter. Evaluation: the middle `size` of an image scaled to 256/224 of it.
+    Training: random crop and scale, flip, colour jitter. Evaluation: the middle, after scaling to 256/224 of `size`.
     Normalised with ImageNet's mean and standard deviation.
     """
     import_torchvision()

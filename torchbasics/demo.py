@@ -153,9 +153,7 @@ class Sections:
             print(json.dumps({"passed": all(r["passed"] for r in results), "sections": results}))
         return 0 if all(r["passed"] for r in results) else 1
 
-    def _parse_args(
-        self, argv: list[str] | None, parents: Sequence[argparse.ArgumentParser]
-    ) -> argparse.Namespace:
+    def _parse_args(self, argv: list[str] | None, parents: Sequence[argparse.ArgumentParser]) -> argparse.Namespace:
         parser = _Parser(
             description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter, parents=list(parents)
         )

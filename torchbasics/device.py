@@ -33,8 +33,10 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type not in DEVICES:
         raise ValueError(f"unsupported device {name!r}; choose one of {', '.join(DEVICES)}")
     if (device.index or 0) >= _device_count(device.type):
-        raise ValueError(f"device {name!r} is not available here ({_device_count(device.type)} of that kind); "
-                         "use --device auto, or run scripts/env_check.py to see why")
+        raise ValueError(
+            f"device {name!r} is not available here ({_device_count(device.type)} of that kind); "
+            "use --device auto, or run scripts/env_check.py to see why"
+        )
     return device
 
 
@@ -55,7 +57,8 @@ def bf16_is_native(device: torch.device) -> bool:
         cpu = torch.cpu  # its feature tests have changed names over the releases: ask for each
         found = cpu.get_capabilities() if hasattr(cpu, "get_capabilities") else {}
         return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")) or any(
-            getattr(cpu, test, bool)() for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+            getattr(cpu, test, bool)() for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
     return device.type == "xpu"
 
 
@@ -157,9 +160,12 @@ def check_pytorch_environment() -> torch.device:
     The long form, which also says what to mend, is `scripts/env_check.py`.
     """
     device = pick_device()
-    print(f"torch      {torch.__version__} (CUDA build {torch.version.cuda or 'none'}), Python {platform.python_version()}")
+    print(f"torch      {torch.__version__} (CUDA {torch.version.cuda or 'none'}), Python {platform.python_version()}")
     print(f"device     {device}: {device_name(device)}")
-    print("others     " + (", ".join(f"{kind} × {_device_count(kind)}" for kind in DEVICES[1:] if _device_count(kind)) or "none"))
+    print(
+        "others     "
+        + (", ".join(f"{kind} × {_device_count(kind)}" for kind in DEVICES[1:] if _device_count(kind)) or "none")
+    )
     print(f"precision  {pick_precision('auto', device)} (bf16 {'native' if bf16_is_native(device) else 'emulated'})")
     print(f"threads    {torch.get_num_threads()} of {os.cpu_count()} processors")
     return device

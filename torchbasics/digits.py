@@ -29,6 +29,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Skeletons, written down by hand: `digit: [(share, [shape, ...]), ...]`. A shape is "x,y x,y ... / x,y ..."; x runs
 # right and y down, 100 is the height of a digit; "/" lifts the pen; "!" marks a corner. All shapes in one list have the
 # same points in the same order, so that anything between two of them is a digit too.
+# fmt: off
 SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
     0: [
         (6, ["40,0 18,10 3,38 5,70 25,97 50,98 70,75 75,45 65,12 42,0",  # closed
@@ -162,21 +163,25 @@ SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
                "50,4 26,4 10,18 12,34 30,40 46,36! 52,54 46,80 20,98"]),
     ],
 }
+# fmt: on
 
 # How each digit is written on average: slant (pixels to the right for each pixel up), the spread of the slant between
 # people, width relative to the skeleton, and radius of the pen in pixels (the smaller a digit, the thicker its ink).
-STYLE = torch.tensor([
-    [0.17, 0.20, 1.10, 1.37],
-    [0.24, 0.25, 1.00, 1.32],
-    [0.13, 0.28, 1.16, 1.22],
-    [0.10, 0.26, 1.04, 1.20],
-    [0.25, 0.30, 1.00, 1.14],
-    [0.16, 0.29, 1.14, 1.12],
-    [0.05, 0.20, 1.00, 1.22],
-    [0.03, 0.22, 1.04, 1.25],
-    [0.12, 0.24, 1.02, 1.14],
-    [0.12, 0.24, 0.98, 1.12],
-], dtype=torch.float32)
+STYLE = torch.tensor(
+    [
+        [0.17, 0.20, 1.10, 1.37],
+        [0.24, 0.25, 1.00, 1.32],
+        [0.13, 0.28, 1.16, 1.22],
+        [0.10, 0.26, 1.04, 1.20],
+        [0.25, 0.30, 1.00, 1.14],
+        [0.16, 0.29, 1.14, 1.12],
+        [0.05, 0.20, 1.00, 1.22],
+        [0.03, 0.22, 1.04, 1.25],
+        [0.12, 0.24, 1.02, 1.14],
+        [0.12, 0.24, 0.98, 1.12],
+    ],
+    dtype=torch.float32,
+)
 
 
 class _Families(NamedTuple):
@@ -297,8 +302,10 @@ def _bend(path: Tensor, labels: Tensor, noise: _Noise) -> Tensor:
         wave = noise.normal(2, 2, 1) * 4.0
         shift = noise.uniform(2, 1) * 2 * math.pi
         size = noise.normal(2, 1) * 0.028
-        x, y = (x + size[:, 0] * (wave[:, 0, 0] * x + wave[:, 0, 1] * y + shift[:, 0]).sin(),
-                y + size[:, 1] * (wave[:, 1, 0] * x + wave[:, 1, 1] * y + shift[:, 1]).sin())
+        x, y = (
+            x + size[:, 0] * (wave[:, 0, 0] * x + wave[:, 0, 1] * y + shift[:, 0]).sin(),
+            y + size[:, 1] * (wave[:, 1, 0] * x + wave[:, 1, 1] * y + shift[:, 1]).sin(),
+        )
     slant, spread, width, _ = STYLE[labels].split(1, dim=1)
     x = x * width * (noise.normal(1) * 0.23).exp()
     x = x - (slant + noise.normal(1) * spread) * y
@@ -346,8 +353,10 @@ def _centre(ink: Tensor) -> Tensor:
     whole = ink.long()
     mass = whole.sum((1, 2)).clamp(min=1)
     middle = SIDE // 2  # pixel 14, counted from 0, as in MNIST
-    top, left = ((middle - (whole.sum(axis) * place).sum(1).double() / mass).round().long().clamp(0, SIDE - BOX)
-                 for axis in (2, 1))
+    top, left = (
+        (middle - (whole.sum(axis) * place).sum(1).double() / mass).round().long().clamp(0, SIDE - BOX)
+        for axis in (2, 1)
+    )
     images = torch.zeros(len(ink), 1, SIDE, SIDE, dtype=torch.uint8)
     rows, columns = (top[:, None] + place)[:, :, None], (left[:, None] + place)[:, None, :]
     images[torch.arange(len(ink))[:, None, None], 0, rows, columns] = ink

@@ -75,7 +75,9 @@ class EarlyStopping:
     def load_state_dict(self, state: dict) -> None:
         """Goes on from `state`; raises ValueError if it is not the state of an EarlyStopping."""
         if set(state) != set(self.state_dict()):
-            raise ValueError(f"not the state of an EarlyStopping: expected the keys {sorted(self.state_dict())}, "
-                             f"got {sorted(map(str, state))}")
+            raise ValueError(
+                f"not the state of an EarlyStopping: expected the keys {sorted(self.state_dict())}, "
+                f"got {sorted(map(str, state))}"
+            )
         for name, value in state.items():
             setattr(self, name, value)

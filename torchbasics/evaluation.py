@@ -38,7 +38,7 @@ class RunningMeans:
         self.pending += results
 
     def read(self) -> tuple[float, int] | None:
-        """Adds up what is pending; returns the first non-finite loss and how many batches ago it was, if there was one."""
+        """Adds up what is pending; returns the first non-finite loss and how many batches ago it was, or None."""
         if not self.pending:
             return None
         zero = torch.zeros((), device=self.pending[0].loss.device)
@@ -116,8 +116,13 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def evaluate(
-    model: nn.Module, loader: Iterable, criterion: Callable, device: torch.device | str | None = None, *,
-    precision: str = "fp32", memory_format: torch.memory_format = torch.preserve_format,
+    model: nn.Module,
+    loader: Iterable,
+    criterion: Callable,
+    device: torch.device | str | None = None,
+    *,
+    precision: str = "fp32",
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> tuple[float, float | None]:
     """(Mean loss per sample, accuracy between 0 and 1, or None where targets are not classes) of `model` on `loader`.
 
@@ -135,10 +140,14 @@ def evaluate(
 
 
 def outputs_of(
-    model: nn.Module, loader: Iterable, device: torch.device | str | None = None, *,
-    precision: str = "fp32", memory_format: torch.memory_format = torch.preserve_format,
+    model: nn.Module,
+    loader: Iterable,
+    device: torch.device | str | None = None,
+    *,
+    precision: str = "fp32",
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> Tensor:
-    """The outputs of `model` for all batches of `loader`, (N, …) float32 on the CPU. A batch is inputs, or (inputs, …)."""
+    """The outputs of `model` for all of `loader`, (N, …) float32 on the CPU; a batch is inputs, or starts with them."""
     place = torch.device(device) if device is not None else model_device(model)
     model.to(place)
     outputs = []
@@ -160,7 +169,7 @@ def compute_accuracy(model: nn.Module, loader: Iterable, device: torch.device | 
 
 
 def predict(model: nn.Module, image: Tensor, device: torch.device | str | None = None) -> tuple[Any, Any]:
-    """The class and its probability for one image (C, H, W), as (int, float); for a batch (B, C, H, W) as tensors (B,)."""
+    """The class and its probability: of an image (C, H, W) as (int, float), of a batch (B, C, H, W) as tensors (B,)."""
     if image.dim() not in (3, 4):
         raise ValueError(f"expected an image (C, H, W) or a batch (B, C, H, W), got shape {tuple(image.shape)}")
     batch = image if image.dim() == 4 else image.unsqueeze(0)

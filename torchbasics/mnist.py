@@ -26,7 +26,18 @@ import torch
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 CLASSES = {
     "mnist": tuple("0123456789"),
-    "fashion-mnist": ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    "fashion-mnist": (
+        "t-shirt",
+        "trouser",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "ankle boot",
+    ),
     "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
 }
 PARTS = {True: "train", False: "t10k"}
@@ -52,7 +63,7 @@ def mnist_files(name: str, data_dir: str | os.PathLike, train: bool = True) -> t
 
 
 def is_present(name: str, data_dir: str | os.PathLike) -> bool:
-    """Whether any of the data set's files is there, whole or damaged (a damaged one must be reported, not passed by)."""
+    """Whether any of the data set's files is there, whole or damaged (a damaged one is reported, not passed by)."""
     return any(len(missing_files(name, data_dir, train)) < 2 for train in (True, False))
 
 
@@ -109,8 +120,10 @@ def import_torchvision() -> ModuleType:
         import torchvision
     except Exception as error:  # ImportError without it; RuntimeError where it was built for another torch
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ImportError(f"torchvision does not work with torch {torch.__version__} ({reason}); "
-                          "install a matching pair: pip install --upgrade torch torchvision") from error
+        raise ImportError(
+            f"torchvision does not work with torch {torch.__version__} ({reason}); "
+            "install a matching pair: pip install --upgrade torch torchvision"
+        ) from error
     return torchvision
 
 
@@ -152,7 +165,7 @@ def _zipped(path: Path) -> Path:
 
 
 def _read_idx(path: Path, magic: int, md5: dict[str, str]) -> torch.Tensor:
-    """The uint8 tensor in an IDX file: big-endian magic number (type 8, number of dimensions), sizes, then the values."""
+    """The uint8 tensor in an IDX file: big-endian magic number (type 8, number of dimensions), sizes, values."""
     content = _read_bytes(path)
     header = 4 + 4 * (magic & 0xFF)
     if len(content) < header:
@@ -193,4 +206,3 @@ def _read_bytes(path: Path) -> bytes:
 
 def _damaged(path: Path, problem: str) -> DataError:
     return DataError(f"{path}: damaged: {problem}; delete the file, or its folder to download all again")
-

@@ -33,6 +33,7 @@ __all__ = [
     "count_parameters_by_layer",
     "freeze",
     "init_weights",
+    "make_model",
     "unfreeze",
 ]
 
@@ -111,9 +112,7 @@ class CNN(nn.Module):
     poolings halve it. Output: logits (B, num_classes). Raises ValueError for other sizes or shapes and integer images.
     """
 
-    def __init__(
-        self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28, dropout: float = 0.5
-    ) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28, dropout: float = 0.5) -> None:
         super().__init__()
         _check_image_model(num_classes, in_channels, image_size)
         self.in_channels, self.image_size = in_channels, image_size
@@ -155,6 +154,27 @@ class MNISTNet(nn.Module):
         x = self.block1(x)  # (B, 32, 14, 14)
         x = self.block2(x)  # (B, 64, 7, 7)
         return self.classifier(x.flatten(1))  # (B, 3136) -> (B, 10)
+
+
+MODELS = ("mnistnet", "cnn", "mlp", "simplenet")
+
+
+def make_model(
+    name: str, num_classes: int = 10, in_channels: int = 1, image_size: int = 28, dropout: float = 0.25
+) -> nn.Module:
+    """Return the untrained classifier `name` (one of MODELS) for images of that many channels and pixels.
+
+    `mlp` has hidden layers of 256 units; `simplenet` has no dropout. Raises ValueError for another name or bad sizes.
+    """
+    if name == "mnistnet":
+        return MNISTNet(num_classes, dropout, in_channels, image_size)
+    if name == "cnn":
+        return CNN(num_classes, in_channels, image_size, dropout)
+    if name == "mlp":
+        return MLP(in_channels * image_size**2, 256, num_classes, dropout)
+    if name == "simplenet":
+        return SimpleNet(in_channels * image_size**2, num_classes=num_classes)
+    raise ValueError(f"expected a model of {', '.join(MODELS)}, got {name!r}")
 
 
 class EnsembleModel(nn.Module):

@@ -33,8 +33,11 @@ def make_optimizer(
     if not trainable:
         raise ValueError("no parameter requires a gradient; unfreeze at least one layer")
     classes: dict[str, Callable[..., Optimizer]] = {
-        "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD,
-        "rmsprop": torch.optim.RMSprop, "adagrad": torch.optim.Adagrad,
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "sgd": torch.optim.SGD,
+        "rmsprop": torch.optim.RMSprop,
+        "adagrad": torch.optim.Adagrad,
     }
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     if name in ("sgd", "rmsprop"):
@@ -58,13 +61,16 @@ def make_schedule(
 
     `constant`; `step`: × 0.1 after each third; `cosine`: down to 0; `onecycle`: up to the rate in the first 30% and
     down to nearly 0 (Smith and Topin, arXiv:1708.07120; torch's OneCycleLR); `plateau`: × 0.1 at the
-    fourth epoch in a row without a lower validation loss, to be stepped once per epoch with that loss; all others once per
-    optimizer step. `warmup_steps` raises the rate linearly from a hundredth first (for `onecycle`: the length of its rise).
+    fourth epoch in a row without a lower validation loss, to be stepped once per epoch with that loss; all others once
+    per optimizer step. `warmup_steps` raises the rate linearly from a hundredth first (for `onecycle`: the length of
+    its rise).
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
     if total_steps < 1 or not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"need total_steps >= 1 and 0 <= warmup_steps <= total_steps, got {total_steps} and {warmup_steps}")
+        raise ValueError(
+            f"need total_steps >= 1 and 0 <= warmup_steps <= total_steps, got {total_steps} and {warmup_steps}"
+        )
     if name == "plateau":
         if warmup_steps:
             raise ValueError("schedule 'plateau' has no warm-up; choose another schedule or warmup_steps=0")
@@ -93,14 +99,18 @@ def warmup_lr_scheduler(optimizer: Optimizer, warmup_iters: int, warmup_factor: 
     return LinearLR(optimizer, start_factor=warmup_factor, total_iters=warmup_iters)
 
 
-def warmup_cosine_scheduler(optimizer: Optimizer, warmup_iters: int, total_iters: int, min_factor: float = 0.0) -> LRScheduler:
+def warmup_cosine_scheduler(
+    optimizer: Optimizer, warmup_iters: int, total_iters: int, min_factor: float = 0.0
+) -> LRScheduler:
     """Linear warm-up from a hundredth of the rate, then half a cosine down to `min_factor` times the rate.
 
-    With t the steps since the warm-up and T its number: min + (1 - min) · (1 + cos(πt/T)) / 2 (SGDR, arXiv:1608.03983).
+    With t of T steps done since the warm-up: min + (1 - min) · (1 + cos(πt/T)) / 2 (SGDR, arXiv:1608.03983).
     """
     if not 0 <= warmup_iters <= total_iters or total_iters < 1 or not 0 <= min_factor <= 1:
-        raise ValueError("need 0 <= warmup_iters <= total_iters, total_iters >= 1 and 0 <= min_factor <= 1, "
-                         f"got {warmup_iters}, {total_iters} and {min_factor}")
+        raise ValueError(
+            "need 0 <= warmup_iters <= total_iters, total_iters >= 1 and 0 <= min_factor <= 1, "
+            f"got {warmup_iters}, {total_iters} and {min_factor}"
+        )
 
     def factor(step: int) -> float:
         if step < warmup_iters:

@@ -1,8 +1,9 @@
 """Where a loader stands: to start any loader at (epoch, batch), also after a resume, with the same batches to come.
 
-Three kinds of loaders: those that can be told (TensorLoader, `folder_loader`: `state_dict` is {"epoch", "batch"}), those that
-know epochs only (`set_epoch`, DistributedSampler), and any others, whose order comes from random generators. The last
-two are replayed: from the random state of the epoch's start, what was done is passed over.
+Three kinds of loaders: those that can be told (TensorLoader, `folder_loader`: `state_dict` is {"epoch", "batch"}),
+those that know epochs only (`set_epoch`, DistributedSampler), and any others, whose order comes from random generators.
+The last two are replayed: from the random state of the epoch's start, what was done is passed over. That is exact
+unless workers outlive an epoch (`persistent_workers`) and draw random numbers of their own: use `folder_loader` then.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class LoaderPosition:
     def batches(self, loader: Iterable, epoch: int, batch: int) -> Iterator:
         """An iterator of `loader` from `batch` of `epoch` on; ValueError if the loader cannot be the same as before."""
         if go_to(loader, epoch, batch):
-            with preserved_random_state(self.device):  # a DataLoader draws a seed for its workers whenever it starts them
+            with preserved_random_state(
+                self.device
+            ):  # a DataLoader draws a seed for its workers whenever it starts them
                 return iter(loader)
         own = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
         self._generator = next((part for part in own if isinstance(part, torch.Generator)), None)
@@ -54,7 +57,9 @@ class LoaderPosition:
             batches = iter(loader)
             found = sum(1 for _ in itertools.islice(batches, batch))
         if found < batch:
-            raise ValueError(f"the checkpoint was made after batch {batch}, the loader has {found}; is it another data set?")
+            raise ValueError(
+                f"the checkpoint was made after batch {batch}, the loader has {found}; is it another data set?"
+            )
         self._resumed_generator = None
         return batches
 
@@ -71,7 +76,8 @@ class LoaderPosition:
 
 def go_to(loader: Any, epoch: int, batch: int) -> bool:
     """Puts `loader` at (epoch, batch) if it can be told that; one that knows epochs only is told the epoch."""
-    for part in (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
+    parts: tuple[Any, ...] = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
+    for part in parts:
         if hasattr(part, "load_state_dict") and part.state_dict().keys() == {"epoch", "batch"}:
             part.load_state_dict({"epoch": epoch, "batch": batch})
             return True

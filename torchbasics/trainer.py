@@ -47,47 +47,74 @@ class Trainer:
         compile: True or one of torch.compile's modes.
         accumulate: number of batches whose gradient makes one step, as if they were one batch.
         clip_norm, clip_value: bounds of the gradient's total norm and of its entries.
-        averages: an AveragedModel (see `optim.averaged_copy`), updated after each step; it is what is validated and kept as best.
+        averages: an AveragedModel (`optim.averaged_copy`), updated after each step; it is validated and kept as best.
         nan_policy: what a NaN or infinite loss does: `stop` (raises NonFiniteLoss; on an accelerator up to `log_every`
             steps late, but before anything is saved), `skip` the step (waits for the device at each step), or `ignore`.
         early_stopping: called with the monitored value after each epoch; training ends when it answers True.
-        monitor: `val_loss` (default), `val_acc`, `train_loss` or `train_acc`: decides the best epoch, the plateau and the stop.
-        checkpoint_dir: where to save: the state after each epoch, or every `save_every` optimizer steps, of which the last
-            `keep` stay; and `best.pt`. With it SIGINT and SIGTERM save at the next step, then raise Interrupted.
+        monitor: `val_loss` (default), `val_acc`, `train_loss` or `train_acc`: decides best epoch, plateau and stop.
+        checkpoint_dir: where to save: the state after each epoch, or every `save_every` steps, of which the last `keep`
+            stay; and `best.pt`. With it SIGINT and SIGTERM save at the next step, then raise Interrupted.
         metadata: plain values stored in every checkpoint; a checkpoint with others is refused by `resume`.
         on_step_end, on_epoch_end: functions called with this Trainer.
 
     Attributes: `history` (a list per name, an entry per epoch), `epoch` (epochs done), `step` (optimizer steps done),
-    `batch` (batches done in this epoch), `skipped` (steps not taken), `best_score`, `best_epoch`, `grad_norm` (if clipped).
+    `batch` (batches done in this epoch), `skipped` (steps not taken), `best_score`, `best_epoch`, `grad_norm`.
     """
 
     def __init__(
-        self, model: nn.Module, criterion: Callable[[Any, Tensor], Tensor], optimizer: Optimizer,
-        device: torch.device | str | None = None, scheduler: LRScheduler | ReduceLROnPlateau | None = None, *,
-        scheduler_interval: str | None = None, precision: str = "fp32", channels_last: bool = False,
-        compile: bool | str = False, accumulate: int = 1, clip_norm: float | None = None, clip_value: float | None = None,
-        averages: AveragedModel | None = None, nan_policy: str = "stop", early_stopping: Any = None, monitor: str = "val_loss",
-        checkpoint_dir: str | os.PathLike | None = None, save_every: int | None = None, keep: int = 3,
-        metadata: dict[str, Any] | None = None, log_every: int = 50,
-        on_step_end: Sequence[Callable[[Trainer], None]] = (), on_epoch_end: Sequence[Callable[[Trainer], None]] = (),
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Tensor], Tensor],
+        optimizer: Optimizer,
+        device: torch.device | str | None = None,
+        scheduler: LRScheduler | ReduceLROnPlateau | None = None,
+        *,
+        scheduler_interval: str | None = None,
+        precision: str = "fp32",
+        channels_last: bool = False,
+        compile: bool | str = False,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        averages: AveragedModel | None = None,
+        nan_policy: str = "stop",
+        early_stopping: Any = None,
+        monitor: str = "val_loss",
+        checkpoint_dir: str | os.PathLike | None = None,
+        save_every: int | None = None,
+        keep: int = 3,
+        metadata: dict[str, Any] | None = None,
+        log_every: int = 50,
+        on_step_end: Sequence[Callable[[Trainer], None]] = (),
+        on_epoch_end: Sequence[Callable[[Trainer], None]] = (),
     ) -> None:
-        _check_options(criterion, scheduler_interval, accumulate, clip_norm, clip_value, nan_policy, monitor, save_every, log_every)
+        _check_options(
+            criterion, scheduler_interval, accumulate, clip_norm, clip_value, nan_policy, monitor, save_every, log_every
+        )
         _check_directions(scheduler, scheduler_interval, early_stopping, monitor)
         self.device = torch.device(device) if device is not None else model_device(model)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.model = model.to(self.device, memory_format=self.memory_format)
+        self.model = model.to(self.device).to(memory_format=self.memory_format)
         self.averages = averages
         if averages is not None:
             count = averages.n_averaged.cpu()
-            averages.to(self.device, memory_format=self.memory_format).n_averaged = count  # torch reads it each time
+            averages.to(self.device).to(memory_format=self.memory_format)
+            averages.n_averaged = count  # torch reads its value at each update
         if compile:
             bare_model(self.model).compile(mode=compile if isinstance(compile, str) else None)
         self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
-        self.scheduler_interval = scheduler_interval or ("step" if isinstance(scheduler, (OneCycleLR, CyclicLR)) else "epoch")
+        self.scheduler_interval = scheduler_interval or (
+            "step" if isinstance(scheduler, (OneCycleLR, CyclicLR)) else "epoch"
+        )
         self.precision = pick_precision(precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.accumulate, self.clip_norm, self.clip_value = accumulate, clip_norm, clip_value
-        self.nan_policy, self.early_stopping, self.monitor, self.log_every = nan_policy, early_stopping, monitor, log_every
+        self.nan_policy, self.early_stopping, self.monitor, self.log_every = (
+            nan_policy,
+            early_stopping,
+            monitor,
+            log_every,
+        )
         self.checkpoints = CheckpointFolder(checkpoint_dir, keep) if checkpoint_dir is not None else None
         self.save_every, self.metadata = save_every, metadata or {}
         self.on_step_end, self.on_epoch_end = tuple(on_step_end), tuple(on_epoch_end)
@@ -157,7 +184,7 @@ class Trainer:
         return self._running.means()
 
     def _train_window(self, window: list[tuple[Any, Tensor]]) -> bool:
-        """One optimizer step with the gradient of the mean loss over all samples of `window`; False if it was skipped."""
+        """One optimizer step by the gradient of the mean loss over all samples of `window`; False if it was skipped."""
         samples = sum(len(targets) for _, targets in window)
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.nan_policy == "skip" else []
         results = []
@@ -177,14 +204,14 @@ class Trainer:
         return False
 
     def _optimizer_step(self) -> bool:
-        """Unscale → clip → optimizer → schedule → averages. False if the scaler found no finite gradient and skipped."""
+        """Unscale → clip → optimizer → schedule → averages. False if the step was skipped."""
         self.scaler.unscale_(self.optimizer)
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(self._trained_parameters(), self.clip_value)
         if self.clip_norm is not None or self.nan_policy == "skip":
             self.grad_norm = nn.utils.clip_grad_norm_(self._trained_parameters(), self.clip_norm or math.inf)
-        if self.nan_policy == "skip" and not self.scaler.is_enabled() and not bool(self.grad_norm.isfinite()):  # type: ignore[union-attr]
-            return False
+            if self.nan_policy == "skip" and not self.scaler.is_enabled() and not bool(self.grad_norm.isfinite()):
+                return False
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -198,18 +225,25 @@ class Trainer:
             self.averages.update_parameters(bare_model(self.model))
         return True
 
-    def _end_epoch(self, train_loss: float, train_acc: float | None, val_loss: float | None, val_acc: float | None) -> None:
+    def _end_epoch(
+        self, train_loss: float, train_acc: float | None, val_loss: float | None, val_acc: float | None
+    ) -> None:
         """Plateau schedule → early stopping → save → call-backs."""
         values = dict(zip(MONITORS, (train_loss, train_acc, val_loss, val_acc), strict=True))
         for name, value in (values | {"lr": float(self.optimizer.param_groups[0]["lr"]), "step": self.step}).items():
             self.history[name].append(value)
         score = self._score(values)
         if self.scheduler is not None and self.scheduler_interval == "epoch":
-            self.scheduler.step(*[score] if isinstance(self.scheduler, ReduceLROnPlateau) else [])
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step(score)
+            else:
+                self.scheduler.step()
         if self.early_stopping is not None:
             self.early_stopping(score)
         improved = math.isfinite(score) and (
-            self.best_score is None or (score > self.best_score if self.monitor.endswith("acc") else score < self.best_score))
+            self.best_score is None
+            or (score > self.best_score if self.monitor.endswith("acc") else score < self.best_score)
+        )
         if improved:
             self.best_score, self.best_epoch = score, self.epoch
         self.epoch, self.batch, self._running = self.epoch + 1, 0, RunningMeans()
@@ -229,7 +263,7 @@ class Trainer:
         return evaluate(self.evaluated_model, loader, self.criterion, self.device, **self._numbers)
 
     def predict(self, loader: Iterable) -> Tensor:
-        """The outputs for all batches of `loader`, (N, …) float32 on the CPU, from the model that `validate` judges."""
+        """The outputs for all batches of `loader`, (N, …) float32 on the CPU, from the model that is validated."""
         return outputs_of(self.evaluated_model, loader, self.device, **self._numbers)
 
     # ------------------------------------------------------------------------------------------------------- its parts
@@ -245,9 +279,15 @@ class Trainer:
         return bool(self.early_stopping is not None and self.early_stopping.early_stop)
 
     def _score(self, values: dict[str, float | None]) -> float:
-        name = self.monitor if values[self.monitor] is not None or not self.monitor.startswith("val") else "train" + self.monitor[3:]
+        name = (
+            self.monitor
+            if values[self.monitor] is not None or not self.monitor.startswith("val")
+            else "train" + self.monitor[3:]
+        )
         if values[name] is None:
-            raise ValueError(f"monitor={self.monitor!r} has no value: accuracy exists for class targets only; use monitor='val_loss'")
+            raise ValueError(
+                f"monitor={self.monitor!r} has no value: accuracy exists for class targets only; use monitor='val_loss'"
+            )
         return float(values[name])  # type: ignore[arg-type]
 
     def _trained_parameters(self) -> list[nn.Parameter]:
@@ -281,8 +321,10 @@ class Trainer:
 
     def _non_finite(self, value: float, batches_ago: int) -> NonFiniteLoss:
         return NonFiniteLoss(
-            f"the loss is {value} at epoch {self.epoch + 1}, batch {self.batch + 1 - batches_ago}, after {self.step} steps; "
-            "lower the learning rate, clip the gradient (clip_norm=1) or look for bad values in the data")
+            f"the loss is {value} at epoch {self.epoch + 1}, batch {self.batch + 1 - batches_ago}, "
+            f"after {self.step} steps; lower the learning rate, clip the gradient (clip_norm=1) or look for bad values "
+            "in the data"
+        )
 
     def _epoch_line(self, num_epochs: int) -> str:
         parts = [f"epoch {self.epoch}/{num_epochs}"]
@@ -297,32 +339,56 @@ class Trainer:
         """All that the run depends on, as tensors and plain values; `load_state_dict` goes on from it exactly."""
         self._read_losses()
         optional = {
-            "scheduler_state_dict": self.scheduler, "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None,
+            "scheduler_state_dict": self.scheduler,
+            "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None,
             "early_stopping_state_dict": self.early_stopping if hasattr(self.early_stopping, "state_dict") else None,
         }
         return {
-            "format": FORMAT, "epoch": self.epoch, "step": self.step, "batch": self.batch, "first_epoch": self._first_epoch,
-            "loss": self._latest_loss(), "skipped": self.skipped, "best_score": self.best_score, "best_epoch": self.best_epoch,
-            "model_state_dict": bare_state_dict(self.model), "optimizer_state_dict": self.optimizer.state_dict(),
+            "format": FORMAT,
+            "epoch": self.epoch,
+            "step": self.step,
+            "batch": self.batch,
+            "first_epoch": self._first_epoch,
+            "loss": self._latest_loss(),
+            "skipped": self.skipped,
+            "best_score": self.best_score,
+            "best_epoch": self.best_epoch,
+            "model_state_dict": bare_state_dict(self.model),
+            "optimizer_state_dict": self.optimizer.state_dict(),
             "averages_state_dict": None if self.averages is None else self.averages.state_dict(),
             **{key: None if part is None else part.state_dict() for key, part in optional.items()},
-            "history": self.history, "running": self._running.state_dict(), "metadata": self.metadata,
-            "random_state": random_state(self.device), "position": self._position.state_dict(), "kinds": self._kinds(),
+            "history": self.history,
+            "running": self._running.state_dict(),
+            "metadata": self.metadata,
+            "random_state": random_state(self.device),
+            "position": self._position.state_dict(),
+            "kinds": self._kinds(),
         }
 
     def load_state_dict(self, state: dict[str, Any], where: str = "checkpoint") -> None:
         """Goes on from `state`. Raises CheckpointError if it belongs to another model, data set or set-up."""
-        here, there = ({**kinds, **metadata} for kinds, metadata in (
-            (self._kinds(), self.metadata), (state.get("kinds", self._kinds()), state.get("metadata", {}))))
+        here, there = (
+            {**kinds, **metadata}
+            for kinds, metadata in (
+                (self._kinds(), self.metadata),
+                (state.get("kinds", self._kinds()), state.get("metadata", {})),
+            )
+        )
         for key in sorted(here.keys() | there.keys()):
             if here.get(key) != there.get(key):
                 raise CheckpointError(
-                    f"{where}: of another run: {key} is {there.get(key)!r} there, {here.get(key)!r} here")
-        parts = {"scheduler_state_dict": self.scheduler, "averages_state_dict": self.averages,
-                 "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None}
+                    f"{where}: of another run: {key} is {there.get(key)!r} there, {here.get(key)!r} here"
+                )
+        parts = {
+            "scheduler_state_dict": self.scheduler,
+            "averages_state_dict": self.averages,
+            "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None,
+        }
         for key, part in parts.items():
             if (part is None) != (state.get(key) is None):
-                raise CheckpointError(f"{where}: {key} is {'missing' if part is not None else 'not used here'}; resume with the same options")
+                raise CheckpointError(
+                    f"{where}: {key} is {'not used here' if part is None else 'missing'}; resume with the same options"
+                )
         load_weights(self.model, state["model_state_dict"], where)
         try:
             self.optimizer.load_state_dict(state["optimizer_state_dict"])
@@ -339,8 +405,9 @@ class Trainer:
             self._position.load_state_dict(state["position"])
             set_random_state(state["random_state"], self.device)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{where}: does not fit this trainer ({type(error).__name__}: {error}); "
-                                  "resume with the same options") from error
+            raise CheckpointError(
+                f"{where}: does not fit this trainer ({type(error).__name__}: {error}); resume with the same options"
+            ) from error
 
     def _kinds(self) -> dict[str, str]:
         return {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
@@ -355,7 +422,8 @@ class Trainer:
             # from an infinite gradient of a finite loss: the next loss would tell, too late for this checkpoint
             raise NonFiniteLoss(
                 f"a weight is NaN or infinite at epoch {self.epoch + 1}, batch {self.batch}, after {self.step} steps; "
-                "not saved; lower the learning rate or clip the gradient (clip_norm=1)")
+                "not saved; lower the learning rate or clip the gradient (clip_norm=1)"
+            )
         self._saved_path = self.checkpoints.save(state)
         self._saved_at = (self.step, self.epoch, self.batch)
         return self._saved_path
@@ -376,14 +444,25 @@ class Trainer:
         return path
 
     def _latest_loss(self) -> float | None:
-        return next((self.history[name][-1] for name in ("val_loss", "train_loss")
-                     if self.history[name] and self.history[name][-1] is not None), None)
+        return next(
+            (
+                self.history[name][-1]
+                for name in ("val_loss", "train_loss")
+                if self.history[name] and self.history[name][-1] is not None
+            ),
+            None,
+        )
 
     def _best_state(self, values: dict[str, float | None]) -> dict[str, Any]:
         """For use, not for resuming: the weights as they were judged. `epoch` counts the epochs done, as everywhere."""
         return {
-            "format": FORMAT, "epoch": self.epoch, "step": self.step, "loss": self._latest_loss(), "metrics": values,
-            "model_state_dict": bare_state_dict(self.evaluated_model), "optimizer_state_dict": self.optimizer.state_dict(),
+            "format": FORMAT,
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss": self._latest_loss(),
+            "metrics": values,
+            "model_state_dict": bare_state_dict(self.evaluated_model),
+            "optimizer_state_dict": self.optimizer.state_dict(),
             "metadata": self.metadata,
         }
 
@@ -393,12 +472,26 @@ class Trainer:
             raise Interrupted(self._signals.signum, self._saved_path if saved else self.save())
 
 
-def _check_options(criterion: Any, scheduler_interval: str | None, accumulate: int, clip_norm: float | None,
-                   clip_value: float | None, nan_policy: str, monitor: str, save_every: int | None, log_every: int) -> None:
+def _check_options(
+    criterion: Any,
+    scheduler_interval: str | None,
+    accumulate: int,
+    clip_norm: float | None,
+    clip_value: float | None,
+    nan_policy: str,
+    monitor: str,
+    save_every: int | None,
+    log_every: int,
+) -> None:
     if getattr(criterion, "reduction", "mean") != "mean":
-        raise ValueError(f"criterion.reduction must be 'mean', got {criterion.reduction!r}: the Trainer weights by samples itself")
-    for name, value, allowed in (("scheduler_interval", scheduler_interval, (None, "step", "epoch")),
-                                 ("nan_policy", nan_policy, NAN_POLICIES), ("monitor", monitor, MONITORS)):
+        raise ValueError(
+            f"criterion.reduction must be 'mean', got {criterion.reduction!r}: the Trainer weights by samples itself"
+        )
+    for name, value, allowed in (
+        ("scheduler_interval", scheduler_interval, (None, "step", "epoch")),
+        ("nan_policy", nan_policy, NAN_POLICIES),
+        ("monitor", monitor, MONITORS),
+    ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     for name, number in (("accumulate", accumulate), ("save_every", save_every), ("log_every", log_every)):
@@ -417,4 +510,6 @@ def _check_directions(scheduler: Any, scheduler_interval: str | None, early_stop
     for watcher in (early_stopping, scheduler if plateau else None):
         found = getattr(watcher, "mode", mode)
         if found != mode:
-            raise ValueError(f"{type(watcher).__name__} has mode={found!r}, but monitor={monitor!r} needs mode={mode!r}")
+            raise ValueError(
+                f"{type(watcher).__name__} has mode={found!r}, but monitor={monitor!r} needs mode={mode!r}"
+            )
