@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import errno
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -56,8 +58,7 @@ class Data(NamedTuple):
 def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     if args.dataset == "folder":
         return load_folder(args, device)
-    name, notice = choose_dataset(args)
-    train, val, test = tb.load_splits(name, args.data_dir, args.val_size, args.seed)
+    name, notice, (train, val, test) = load_images(args)
     check_batch_size(args, len(train))
     mean, std = NORMALISATION.get(name) or channel_statistics(train.inputs)
     common: dict[str, Any] = {"device": device, "mean": mean, "std": std}
@@ -72,20 +73,19 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
         tb.TensorLoader(test.inputs, test.targets, 1000, limit_batches=limit, **common), facts, notice)
 
 
-def choose_dataset(args: argparse.Namespace) -> tuple[str, str]:
-    """The data set's name, and what to say if it isn't the wanted one. Damaged files are an error, never passed by."""
-    if args.dataset != "auto":
-        if args.dataset in FOLDERS and not is_present(args.dataset, args.data_dir) and sys.stderr.isatty():
-            print(f"{args.dataset}: not in {args.data_dir}; downloading", file=sys.stderr)
-        return args.dataset, ""
+def load_images(args: argparse.Namespace) -> tuple[str, str, tuple[tb.Images, tb.Images, tb.Images]]:
+    """The data set's name, what to say if it isn't the wanted one, and its parts. A damaged file is never passed by."""
+    name = "mnist" if args.dataset == "auto" else args.dataset
+    if name in FOLDERS and not is_present(name, args.data_dir) and sys.stderr.isatty():
+        print(f"{name}: not in {args.data_dir}; downloading", file=sys.stderr)
     try:
-        tb.load_images("mnist", args.data_dir)
+        return name, "", tb.load_splits(name, args.data_dir, args.val_size, args.seed)
     except ConnectionError:
-        if is_present("mnist", args.data_dir):  # a part of it: what is missing could not be fetched
+        if args.dataset != "auto" or is_present("mnist", args.data_dir):  # a part of it is there: say what is missing
             raise
-        return "digits", (f"NOTICE: no MNIST in {args.data_dir} and no network: training on digits drawn by this "
-                          "program instead. The accuracy below is on drawn digits, not on MNIST.")
-    return "mnist", ""
+    notice = (f"NOTICE: no MNIST in {args.data_dir} and no network: training on digits drawn by this program instead. "
+              "The accuracy below is on drawn digits, not on MNIST.")
+    return "digits", notice, tb.load_splits("digits", val_size=args.val_size, seed=args.seed)
 
 
 def load_folder(args: argparse.Namespace, device: torch.device) -> Data:
@@ -93,7 +93,7 @@ def load_folder(args: argparse.Namespace, device: torch.device) -> Data:
     import_torchvision()
     from torchvision.transforms import v2
 
-    root, size = Path(args.data_dir), args.image_size
+    root, size, notice = Path(args.data_dir), args.image_size, ""
     first = tb.SeededImageFolder(root / "train" if (root / "train").is_dir() else root)
     to_tensor = [v2.Resize((size, size)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
                  v2.Normalize([0.5], [0.5])]
@@ -105,12 +105,17 @@ def load_folder(args: argparse.Namespace, device: torch.device) -> Data:
     train = tb.SeededImageFolder(first.root, v2.Compose(shake + to_tensor), seed=args.seed, mode=first.mode)
     indices: dict[str, Any] = {"train": range(len(train))}
     if "val" not in folders:
-        share = min(max(args.val_size / len(train), 0.1), 0.5) if args.val_size < len(train) else 0.1
+        fits = args.val_size <= len(train) // 2
+        share = args.val_size / len(train) if fits else 0.1
+        if not fits:
+            notice += f"NOTICE: --val-size {args.val_size} is too much of {len(train)} images: a tenth is held out. "
         indices["train"], indices["val"] = (
             subset.indices for subset in tb.split_dataset(train, (1 - share, share), args.seed, train.targets))
         folders["val"] = tb.SeededImageFolder(first.root, v2.Compose(to_tensor), mode=first.mode)
     if not len(indices["train"]) or not len(indices.get("val", folders["val"])):
         raise ValueError(f"{root}: {len(train)} images are too few to split into training and validation")
+    if "test" not in folders:
+        notice += "NOTICE: no test/ folder: the last figures are on the validation images."
     check_batch_size(args, len(indices["train"]))
     options: dict[str, Any] = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
     val = tb.folder_loader(folders["val"], args.batch_size, indices=indices.get("val"), **options)
@@ -121,8 +126,7 @@ def load_folder(args: argparse.Namespace, device: torch.device) -> Data:
              "image_size": size, "mean": (0.5,), "std": (0.5,),
              "samples": (len(indices["train"]), len(indices.get("val", folders["val"])),
                          len(folders["test"]) if "test" in folders else len(indices.get("val", folders["val"])))}
-    notice = "" if "test" in folders else "NOTICE: no test/ folder: the last figures are on the validation images."
-    return Data(loader, val, test, facts, notice)
+    return Data(loader, val, test, facts, notice.strip())
 
 
 def check_batch_size(args: argparse.Namespace, samples: int) -> None:
@@ -161,7 +165,8 @@ class Report:
 
     def __init__(self, args: argparse.Namespace, data: Data, run: tb.RunDirectory) -> None:
         self.args, self.run, self.samples = args, run, data.facts["samples"][0]
-        self.session: dict[str, Any] = {"started": now(), "train_seconds": 0.0, "samples": 0}
+        self.session: dict[str, Any] = {
+            "started": now(), "command": shlex.join(sys.argv), "train_seconds": 0.0, "samples": 0}
         run.info.setdefault("sessions", []).append(self.session)
         self.steps_per_epoch = len(data.train)
         self.live = sys.stderr.isatty() and not args.quiet
@@ -187,12 +192,7 @@ class Report:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
     def on_epoch_end(self, trainer: tb.Trainer) -> None:
-        synchronize(trainer.device)
-        seconds = time.monotonic() - self.epoch_began
-        samples = min((self.steps_per_epoch - self.first_batch) * self.args.batch_size, self.samples)
-        self.session["train_seconds"] += seconds
-        self.session["samples"] += samples
-        self.epoch_began, self.first_batch = time.monotonic(), 0
+        samples, seconds = self.count(trainer, self.steps_per_epoch)
         if self.live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         last = {name: values[-1] for name, values in trainer.history.items()}
@@ -202,6 +202,18 @@ class Report:
                  f"{samples / seconds:8,.0f}  {seconds:7.1f}{best}")
         self.run.write_metrics(metrics(trainer))
         self.run.write_info()
+
+
+    def count(self, trainer: tb.Trainer, batch: int) -> tuple[int, float]:
+        """Adds what was done since the last count, up to `batch` of the epoch: images and seconds."""
+        synchronize(trainer.device)
+        seconds = time.monotonic() - self.epoch_began
+        done, before = (min(count * self.args.batch_size, self.samples) for count in (batch, self.first_batch))
+        samples = max(done - before, 0)
+        self.session["train_seconds"] += seconds
+        self.session["samples"] += samples
+        self.epoch_began, self.first_batch = time.monotonic(), 0
+        return samples, seconds
 
 
 def metrics(trainer: tb.Trainer) -> list[dict[str, Any]]:
@@ -214,8 +226,8 @@ def plain(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None  # JSON has no NaN
 
 
-def judge(trainer: tb.Trainer, data: Data, run: tb.RunDirectory) -> dict[str, Any]:
-    """The best model on the test set, looked at once: loss, accuracy, by class, confusion; worst mistakes as PNG."""
+def judge(trainer: tb.Trainer, data: Data, run: tb.RunDirectory) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """The best model on the test set, looked at once: the figures of the result, the logits and the targets."""
     if trainer.best_epoch is None:
         raise tb.NonFiniteLoss(f"no epoch of {trainer.epoch} had a finite validation loss, so there is no best model; "
                                "lower --lr or set --clip-norm 1")
@@ -225,21 +237,18 @@ def judge(trainer: tb.Trainer, data: Data, run: tb.RunDirectory) -> dict[str, An
     targets = torch.cat([targets for _, targets in data.test]).cpu()
     predicted, number = logits.argmax(1), len(data.facts["classes"])
     confusion = torch.bincount(targets * number + predicted, minlength=number**2).view(number, number)
-    draw_mistakes(logits, targets, data, run.path / "mistakes.png")
-    return {
+    result = {
         "test_accuracy": float((predicted == targets).double().mean()),
         "test_loss": float(nn.functional.cross_entropy(logits, targets)),
         "accuracy_by_class": {name: (float(row[i]) / float(row.sum()) if row.sum() else None)
                               for i, (name, row) in enumerate(zip(data.facts["classes"], confusion, strict=True))},
         "confusion": confusion.tolist(),
     }
+    return result, logits, targets
 
 
 def draw_mistakes(logits: Tensor, targets: Tensor, data: Data, path: Path, most: int = 40) -> None:
     """Writes the test images whose true class got the lowest probability, worst first, eight in a row."""
-    import_torchvision()
-    from torchvision.utils import save_image
-
     true_probability = logits.softmax(1).gather(1, targets[:, None])[:, 0]
     wrong = (logits.argmax(1) != targets).nonzero()[:, 0]
     worst = wrong[true_probability[wrong].argsort()][:most].tolist()
@@ -249,17 +258,21 @@ def draw_mistakes(logits: Tensor, targets: Tensor, data: Data, path: Path, most:
         for inputs, _ in data.test:
             images |= {i: inputs[i - start].cpu() for i in worst if start <= i < start + len(inputs)}
             start += len(inputs)
+        import_torchvision()
+        from torchvision.utils import save_image
+
         save_image(torch.stack([images[i] for i in worst]), path, nrow=8, normalize=True, scale_each=True)
 
 
 def describe(args: argparse.Namespace, data: Data, trainer: tb.Trainer, run: tb.RunDirectory) -> None:
     """run.json: everything needed to know, and to repeat, what was done."""
     run.write_info(
-        command=shlex.join(sys.argv), seed=args.seed, dataset=data.facts["dataset"], notice=data.notice,
-        model=args.model, arguments={**vars(args), "dataset": data.facts["dataset"], "output": str(run.path)},
-        parameters=tb.count_parameters(trainer.model), device=str(trainer.device),
-        device_name=device_name(trainer.device), precision=trainer.precision, threads=torch.get_num_threads(),
-        versions={"torchbasics": tb.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        command=run.info.get("command") or shlex.join(sys.argv), seed=args.seed, dataset=data.facts["dataset"],
+        notice=data.notice, model=args.model, parameters=tb.count_parameters(trainer.model),
+        arguments={**vars(args), "dataset": data.facts["dataset"], "output": str(run.path)},
+        device=str(trainer.device), device_name=device_name(trainer.device), precision=trainer.precision,
+        threads=torch.get_num_threads(), versions={
+            "torchbasics": tb.__version__, "torch": torch.__version__, "python": platform.python_version()},
         git_commit=git_commit())
 
 
@@ -301,7 +314,7 @@ def tensorboard(run: tb.RunDirectory, trainer: tb.Trainer, data: Data) -> Any:
         raise MissingExtra("--tensorboard needs another package: pip install 'torchbasics[tensorboard]'") from None
     from torchvision.utils import make_grid
 
-    writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=trainer.step)
+    writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=trainer.step + 1)
     with preserved_random_state(trainer.device):  # a DataLoader draws a seed for its workers
         inputs = to_device(next(iter(data.val))[0], trainer.device, trainer.memory_format)
     writer.add_image("images", make_grid(inputs[:64].cpu(), normalize=True))
@@ -368,7 +381,7 @@ def add_data_options(data: Any, model: Any) -> None:
     data.add_argument("--data-dir", default="./data", metavar="DIR",
                       help="where data sets are or go; for --dataset folder the images (default: ./data)")
     data.add_argument("--val-size", type=COUNT, default=5000, metavar="N",
-                      help="training images held out for validation (default: 5000)")
+                      help="training images held out for validation (default: 5000; of a small folder a tenth)")
     data.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True,
                       help="rotate by up to 10 degrees and shift by up to a tenth (default: on)")
     data.add_argument("--num-workers", type=number(int, 0), default=0, metavar="N",
@@ -472,11 +485,15 @@ def main(argv: list[str] | None = None) -> int:
             setattr(warnings, "showwarning", print_warning)  # noqa: B010 (mypy forbids to assign to a function)
             return train(args, argv, stack)
     except tb.Interrupted as stop:
-        print(f"\ninterrupted: {stop}; continue with --resume {stop.checkpoint.parents[1]}", file=sys.stderr)
+        hint = "" if args.dry_run else f"; continue with --resume {stop.checkpoint.parents[1]}"
+        print(f"\ninterrupted: {stop}{hint}", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved stays", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read our output has left; nothing saved is lost
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except Exception as error:
         if args.debug:
             raise
@@ -497,7 +514,7 @@ def one_line(error: Exception) -> str:
     text = " ".join(text.split()) or type(error).__name__
     if type(error) is ConnectionError:  # of a download; not a broken pipe
         text += "; connect to the network, put the files under --data-dir, or use --dataset digits"
-    elif isinstance(error, OSError) and error.strerror:
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         text = (f"{error.filename or 'the output directory'}: {error.strerror}; older checkpoints are intact, "
                 "make room or permit writing, then --resume")
     if isinstance(error, (ValueError, OSError, ImportError, tb.NonFiniteLoss)):
@@ -511,19 +528,24 @@ def train(args: argparse.Namespace, argv: list[str] | None, stack: contextlib.Ex
     if args.dry_run:
         args.epochs, args.limit_batches = 1, 2
         args.output = stack.enter_context(tempfile.TemporaryDirectory())
-    output = Path(args.output or unused_directory(args.dataset))
-    run = None if args.overwrite else stack.enter_context(tb.RunDirectory(output, resume=bool(args.resume)))
-    if run and args.resume:
-        args = recorded_args(argv, args, run)
+    run = None
+    if args.output and not args.overwrite:  # what is wrong with it is said before the data is loaded
+        run = stack.enter_context(tb.RunDirectory(args.output, resume=bool(args.resume)))
+        args = recorded_args(argv, args, run) if args.resume else args
     device = tb.pick_device(args.device)
     tb.set_seed(args.seed, args.deterministic)
     stack.enter_context(torch.autograd.set_detect_anomaly(args.anomaly))
     data = load_data(args, device)
+    output = Path(args.output or unused_directory(data.facts["dataset"]))
     trainer = build_trainer(args, data, device, output / "checkpoints")
     if run is None:  # an earlier run is replaced only now, when the new one can start
-        run = stack.enter_context(tb.RunDirectory(output, overwrite=True))
+        run = stack.enter_context(tb.RunDirectory(output, overwrite=args.overwrite))
     data = data._replace(notice=run.info.get("notice") or data.notice)  # resumed: the data set that was chosen then
     start = trainer.resume() if args.resume else None
+    metrics_file = run.path / "metrics.jsonl"
+    if args.resume and start is None and metrics_file.is_file() and metrics_file.stat().st_size:
+        raise tb.CheckpointError(f"{run.checkpoints}: the run was further, and its checkpoints are gone; "
+                                 "--overwrite starts it again")
     report = Report(args, data, run)
     describe(args, data, trainer, run)
     run.write_metrics(metrics(trainer))
@@ -531,10 +553,20 @@ def train(args: argparse.Namespace, argv: list[str] | None, stack: contextlib.Ex
     if args.tensorboard:
         trainer.on_epoch_end += (tensorboard(run, trainer, data),)
     introduce(report, args, data, trainer, start)
-    trainer.fit(data.train, data.val, args.epochs, verbose=False)
-    result = judge(trainer, data, run) | summary(args, data, trainer, run) | {"total_seconds": time.monotonic() - began}
+    try:
+        trainer.fit(data.train, data.val, args.epochs, verbose=False)
+    except tb.Interrupted:
+        report.count(trainer, trainer.batch)  # a part of an epoch is time too
+        run.write_info()
+        raise
+    result, logits, targets = judge(trainer, data, run)
+    result |= summary(args, data, trainer, run) | {"total_seconds": time.monotonic() - began}
     run.write_info(result=result)
     print_result(result, run, data.notice, kept=not args.dry_run)
+    try:
+        draw_mistakes(logits, targets, data, run.path / "mistakes.png")
+    except (ImportError, OSError) as error:  # a picture must not cost a result
+        print(f"warning: {run.path / 'mistakes.png'} was not drawn: {error}", file=sys.stderr)
     return 0
 
 
@@ -565,7 +597,7 @@ def introduce(report: Report, args: argparse.Namespace, data: Data, trainer: tb.
 
 
 def unused_directory(dataset: str) -> Path:
-    name = f"{'mnist' if dataset == 'auto' else dataset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{dataset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     paths = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 1000))
     return next(path for path in paths if not path.exists())
 

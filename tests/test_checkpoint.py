@@ -38,7 +38,6 @@ from torchbasics.checkpoint import (
     bare_state_dict,
     load_checkpoint,
     load_weights,
-    read_lines,
     save_checkpoint,
     write_durably,
     write_json,
@@ -993,7 +992,7 @@ class Run(TempCase):
             self.assertEqual(run.info, {"seed": 1})
             run.write_info(result={"a": 1})
         self.assertEqual(json.loads((self.path / "run.json").read_text()), {"seed": 1, "result": {"a": 1}})
-        self.assertEqual(list(read_lines(self.path / "metrics.jsonl")), [{"epoch": 1}])
+        self.assertEqual(json.loads((self.path / "metrics.jsonl").read_text()), {"epoch": 1})
 
     def test_nothing_to_resume(self) -> None:
         self.refused("nothing to resume here (no run.json)", resume=True)
@@ -1015,7 +1014,8 @@ class Run(TempCase):
                 file.write('{"epoch": 2}\n{"epo')  # what a killed run left
             rows: list[dict[str, Any]] = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": None}]
             run.write_metrics(rows)
-            self.assertEqual(list(read_lines(self.path / "metrics.jsonl")), rows)
+            lines = (self.path / "metrics.jsonl").read_text().splitlines()
+            self.assertEqual([json.loads(line) for line in lines], rows)
             run.write_metrics([])
             self.assertEqual((self.path / "metrics.jsonl").read_bytes(), b"")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from torchbasics.checkpoint import CheckpointError, load_checkpoint
 from torchbasics.data import RandomAffine, SeededImageFolder, TensorLoader, folder_loader
@@ -428,6 +429,101 @@ class Damage(ResumeCase):
         again.resume()
         with self.assertRaisesRegex(ValueError, "after batch 3, the loader has 2"):
             again.fit(batches[:2], None, EPOCHS, verbose=False)
+
+
+class KillingDataset(NoisyDataset):
+    """Sends SIGTERM while its `at`-th item is fetched: where one waits for data, a signal is most likely to come."""
+
+    def __init__(self, at: int = 0) -> None:
+        super().__init__()
+        self.at, self.fetched = at, 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.fetched += 1
+        if self.fetched == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+class WhileFetching(ResumeCase):
+    def states(self, name: str, places: list[int], **options: Any) -> dict[str, Any]:
+        for at in [*places, 0]:
+            trainer = self.trainer(name, **options)
+            trainer.resume()
+            try:
+                trainer.fit(DataLoader(KillingDataset(at), 8, shuffle=True), None, EPOCHS, verbose=False)
+            except Interrupted:
+                continue
+        return trainer.state_dict()
+
+    def test_a_signal_in_any_batch(self) -> None:
+        for options in ({}, {"save_every": 2}, {"accumulate": 3}):
+            expected = self.states(f"whole{options}", [], **options)
+            for at in (1, 5, 8, 12, 45, 50):  # the first batch, its last item, another, and in the second epoch
+                with self.subTest(options, at=at):
+                    found = self.states(f"cut{options}{at}", [at], **options)
+                    self.assertEqual(list(differences(found, expected)), [])
+
+    def test_dead_workers_before_the_first_batch(self) -> None:
+        """The workers die of the signal before a batch came: saved is the state before the epoch's order was drawn."""
+
+        class Dying:
+            def __init__(self, dead: bool) -> None:
+                self.batches, self.dead = DataLoader(NoisyDataset(), 8, shuffle=True), dead
+
+            def __iter__(self) -> Iterator:
+                return self.first_dead(iter(self.batches))  # iter() draws, here and now
+
+            def first_dead(self, batches: Iterator) -> Iterator:
+                if self.dead:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+                yield from batches
+
+        def end(name: str, deaths: list[bool]) -> dict[str, Any]:
+            for dead in deaths:
+                trainer = self.trainer(name)
+                trainer.resume()
+                with contextlib.suppress(Interrupted):
+                    trainer.fit(Dying(dead), None, EPOCHS, verbose=False)
+            return trainer.state_dict()
+
+        self.assertEqual(list(differences(end("cut", [True, False]), end("whole", [False]))), [])
+
+    def test_dead_workers_at_the_start_of_a_validation(self) -> None:
+        def dead() -> Iterator:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+            yield
+
+        trainer = self.trainer("run")
+        train, val = self.tensor_loaders()
+        with self.assertRaises(Interrupted) as caught:
+            trainer.fit(train, dead(), EPOCHS, verbose=False)
+        self.assertEqual(load_checkpoint(caught.exception.checkpoint)["batch"], len(train))
+        again = self.trainer("run")
+        again.resume()
+        again.fit(train, val, EPOCHS, verbose=False)
+        whole = self.trainer("whole")
+        whole.fit(*self.tensor_loaders(), EPOCHS, verbose=False)
+        self.assertEqual(list(differences(again.state_dict(), whole.state_dict())), [])
+
+    def test_generators_of_a_batch_sampler(self) -> None:
+        def loader() -> DataLoader:
+            generator = torch.Generator().manual_seed(4)
+            data = TensorDataset(images()[0] / 255, images()[1])
+            return DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data, generator=generator), 8, False))
+
+        whole = self.trainer("whole")
+        whole.fit(loader(), None, EPOCHS, verbose=False)
+        cut = self.trainer("cut")
+        cut.on_epoch_end = (lambda t: t.epoch == 1 and os.kill(os.getpid(), signal.SIGTERM),)
+        with self.assertRaises(Interrupted):
+            cut.fit(loader(), None, EPOCHS, verbose=False)
+        again = self.trainer("cut")
+        again.resume()
+        again.fit(loader(), None, EPOCHS, verbose=False)
+        self.assertEqual(list(differences(again.state_dict(), whole.state_dict())), [])
 
 
 class ConstructorWins(ResumeCase):

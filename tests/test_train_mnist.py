@@ -955,5 +955,72 @@ class Copied(ScriptCase):
         self.assertEqual(differences(found, expected), [])
 
 
+class WhatAReviewFound(ScriptCase):
+    def test_a_run_whose_checkpoints_are_gone_does_not_start_over(self) -> None:
+        run = self.small("run")
+        for path in (run / "checkpoints").glob("step-*"):
+            path.unlink()
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "run.json"}
+        self.assert_refused(self.main("--resume", run), "its checkpoints are gone")
+        self.assertEqual(before, {path: path.read_bytes() for path in before})
+
+    def test_a_run_killed_before_its_first_save_may_start_again(self) -> None:
+        run = self.small("run")
+        shutil.rmtree(run / "checkpoints")
+        (run / "metrics.jsonl").write_bytes(b"")
+        done = self.main("--resume", run)
+        self.assertEqual(done.code, 0, done.err)
+        self.assertIn("nothing was saved before the interruption: starting at step 0", done.out)
+
+    def test_a_broken_torchvision_costs_the_picture_only(self) -> None:
+        broken = ImportError("torchvision does not work with torch 2.15")
+        with mock.patch.object(script, "import_torchvision", side_effect=broken):
+            done = self.main(*self.SMALL, "--output", self.folder / "run")
+        self.assertEqual(done.code, 0, done.err)
+        self.assertRegex(done.err, r"^warning: .*mistakes.png was not drawn: torchvision does not work")
+        self.assertIn("test_accuracy", self.info(self.folder / "run")["result"])
+        self.assertFalse((self.folder / "run" / "mistakes.png").exists())
+
+    def test_val_size_of_a_folder(self) -> None:
+        write_images(self.folder / "images", 40)
+        common = (
+            "--dataset",
+            "folder",
+            "--data-dir",
+            self.folder / "images",
+            "--model",
+            "simplenet",
+            "--batch-size",
+            8,
+            "--epochs",
+            1,
+        )
+        for name, options, held_out in (("tenth", (), 4), ("own", ("--val-size", 10), 10)):
+            done = self.main(*common, *options, "--output", self.folder / name)
+            self.assertEqual(done.code, 0, done.err)
+            self.assertIn(f"{40 - held_out} training, {held_out} validation", done.out)
+            self.assertEqual("--val-size 5000 is too much of 40 images: a tenth" in done.out, name == "tenth")
+
+    def test_time_and_images_of_an_interrupted_epoch_count(self) -> None:
+        run = self.interrupted("run", 3)
+        [session] = self.info(run)["sessions"]
+        self.assertEqual(session["samples"], 3 * 32)
+        self.assertGreater(session["train_seconds"], 0)
+        self.assertEqual(self.main("--resume", run).code, 0)
+        info = self.info(run)
+        self.assertEqual(sum(session["samples"] for session in info["sessions"]), 2 * 200)
+        self.assertNotIn("--resume", info["command"])
+
+    def test_the_directory_bears_the_name_of_what_was_trained_on(self) -> None:
+        before = os.getcwd()
+        os.chdir(self.folder)
+        self.addCleanup(os.chdir, before)
+        options = ("--model", "simplenet", "--epochs", 1, "--val-size", 40, "--data-dir", self.folder / "none")
+        done = self.main(*options)
+        self.assertEqual(done.code, 0, done.err)
+        [run] = (self.folder / "runs").iterdir()
+        self.assertTrue(run.name.startswith("digits-"), run)
+
+
 if __name__ == "__main__":
     unittest.main()

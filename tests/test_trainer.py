@@ -450,9 +450,10 @@ class Precision(TrainerCase):
         _, seen = self.scaled({2}, accumulate=2)  # windows begin at 0, 2, 4
         self.assertEqual([entry[:2] for entry in seen], [(1, 0), (1, 1), (2, 1)])
 
-    def test_all_skipped_is_an_error(self) -> None:
-        with self.assertRaisesRegex(ValueError, "every step was skipped"):
-            self.scaled(set(range(5)))
+    def test_all_skipped_trains_nothing_and_says_so(self) -> None:
+        trainer, _ = self.scaled(set(range(5)))
+        self.assertEqual((trainer.step, trainer.skipped), (0, 5))
+        self.assertTrue(math.isfinite(trainer.history["train_loss"][0]))  # the losses were finite, and are counted
 
     def test_clipping_acts_on_unscaled_gradients(self) -> None:
         for name in ("clip_norm", "clip_value"):
@@ -1019,7 +1020,8 @@ class Signals(TrainerCase):
 
     def run_until(self, number: int, **options: Any) -> tuple[Trainer, Interrupted]:
         model = network()
-        trainer = Trainer(model, nn.CrossEntropyLoss(), sgd(model), checkpoint_dir=self.folder, **options)
+        folder = tempfile.mkdtemp(dir=self.folder)
+        trainer = Trainer(model, nn.CrossEntropyLoss(), sgd(model), checkpoint_dir=folder, **options)
         with self.assertRaises(Interrupted) as caught:
             trainer.fit(classes(), options.pop("val", None), 3, verbose=False)
         self.assertEqual(caught.exception.signum, number)
@@ -1220,6 +1222,66 @@ class Compiled(TrainerCase):
         torch.testing.assert_close(results[1].model.state_dict(), results[0].model.state_dict())
         state = load_checkpoint(results[1].checkpoints.steps()[-1][1])
         self.assertEqual(state["model_state_dict"].keys(), results[0].model.state_dict().keys())
+
+
+class CachingLayer(nn.Module):
+    """Keeps a tensor that it made in its first forward, as rotary embeddings and masks are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.cached: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.cached is None:
+            self.cached = torch.ones(2)
+        return self.linear(x) * self.cached
+
+
+class WhatAReviewFound(unittest.TestCase):
+    def batches(self, *values: float) -> list:
+        return [(torch.full((4, 4), value), torch.tensor([0, 1, 0, 1])) for value in values]
+
+    def trainer(self, model: nn.Module | None = None, **options: Any) -> Trainer:
+        model = model or nn.Linear(4, 2)
+        return Trainer(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1), **options)
+
+    def test_validating_first_does_not_forbid_training(self) -> None:
+        trainer = self.trainer(CachingLayer())
+        trainer.validate(self.batches(1.0))
+        trainer.fit(self.batches(1.0, 2.0), None, 1, verbose=False)
+        self.assertEqual(trainer.step, 2)
+
+    def test_skip_looks_at_the_gradient_before_it_is_clipped_by_value(self) -> None:
+        trainer = self.trainer(nan_policy="skip", clip_value=1.0)
+        before = trainer.model.weight.detach().clone()
+        inf = lambda grad: torch.full_like(grad, math.inf)  # noqa: E731
+        trainer.model.weight.register_hook(inf)
+        trainer.fit(self.batches(1.0, 2.0), None, 1, verbose=False)
+        self.assertEqual((trainer.step, trainer.skipped), (0, 2))
+        self.assertTrue(torch.equal(trainer.model.weight, before))
+
+    def test_a_nan_loss_is_found_where_the_scaler_skips_its_step(self) -> None:
+        trainer = self.trainer(precision="fp16", log_every=50)
+        trainer._finite_now = lambda results: True  # as on an accelerator, where losses are read later
+        with self.assertRaisesRegex(NonFiniteLoss, "batch 2"):
+            trainer.fit(self.batches(1.0, math.nan, 1.0), None, 1, verbose=False)
+
+    def test_two_runs_in_one_folder_are_refused(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            first = self.trainer(checkpoint_dir=folder)
+            first.fit(self.batches(1.0), None, 2, verbose=False)
+            first.fit(self.batches(1.0), None, 1, verbose=False)  # its own may go on
+            second = self.trainer(checkpoint_dir=folder)
+            with self.assertRaisesRegex(ValueError, "earlier run"):
+                second.fit(self.batches(1.0), None, 1, verbose=False)
+            self.assertEqual((second.epoch, second.step), (0, 0))
+            second.resume()
+            second.fit(self.batches(1.0), None, 3, verbose=False)
+
+    def test_saving_needs_a_place(self) -> None:
+        with self.assertRaisesRegex(ValueError, "save_every=2 needs a checkpoint_dir"):
+            self.trainer(save_every=2)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ of tensors and plain values: `torch.load(path, weights_only=True)` reads them to
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ import re
 import stat
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -324,7 +325,7 @@ def load_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor], wher
         own, given = _without(("_orig_mod", "module"), own), _without(("_orig_mod", "module"), given)
     problem = _first_difference(own, given)
     if problem:
-        raise CheckpointError(f"{where}: of another model: {problem}")
+        raise CheckpointError(f"{where}: of another model: {problem}; build the model that it was saved from")
     with torch.no_grad():
         for name, tensor in given.items():
             own[name].copy_(tensor)
@@ -517,11 +518,13 @@ def _hold(path: Path) -> str:
 
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):  # its last holder has just removed it
-            raise FileNotFoundError
+            raise FileNotFoundError(errno.ENOENT, "removed")
     except ImportError:  # Windows
         _lock_windows(handle, taken)
-    except OSError:
+    except OSError as error:
         handle.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.ENOENT):  # not held: the file system cannot lock
+            raise
         raise taken from None
     _held[name] = handle
     return name
@@ -541,9 +544,3 @@ def _let_go(name: str) -> None:
     handle = _held.pop(name, None)
     if handle is not None:
         handle.close()
-
-
-def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file such as `metrics.jsonl`."""
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)

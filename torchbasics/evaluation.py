@@ -102,7 +102,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: a tensor that the model caches must serve training too
             yield
     finally:
         for module in training:

@@ -56,12 +56,8 @@ class SignalNote:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def until(self, batches: Iterable) -> Iterator:
-        """The batches, until a signal is noted; and also then not the error of the workers that the signal ended."""
-        try:
-            for batch in batches:
-                yield batch
-                if self.signum:
-                    return
-        except RuntimeError:
-            if not self.signum:
-                raise
+        """The batches, until a signal is noted."""
+        for batch in batches:
+            yield batch
+            if self.signum:
+                return

@@ -23,9 +23,9 @@ class LoaderPosition:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._generator: torch.Generator | None = None  # the loader's own
+        self._generators: list[torch.Generator] = []  # the loader's own
         self._epoch_start: dict[str, Any] = {}  # random state when the epoch's iterator was made
-        self._resumed_generator: Tensor | None = None  # state for the loader's generator, until the loader is seen
+        self._resumed_generators: list[Tensor] = []  # states for the loader's generators, until the loader is seen
 
     def batches(self, loader: Iterable, epoch: int, batch: int) -> Iterator:
         """An iterator of `loader` from `batch` of `epoch` on; ValueError if the loader cannot be the same as before."""
@@ -34,44 +34,57 @@ class LoaderPosition:
                 self.device
             ):  # a DataLoader draws a seed for its workers whenever it starts them
                 return iter(loader)
-        own = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
-        self._generator = next((part for part in own if isinstance(part, torch.Generator)), None)
+        self._generators = own_generators(loader)
         return self._replay(loader, batch) if batch else self._start(loader)
 
     def _start(self, loader: Iterable) -> Iterator:
-        if self._generator is not None and self._resumed_generator is not None:
-            self._generator.set_state(self._resumed_generator)
-        self._resumed_generator = None
-        self._epoch_start = random_state(self.device)
-        if self._generator is not None:
-            self._epoch_start["loader"] = self._generator.get_state()
+        if self._resumed_generators:
+            self._set_generators(self._resumed_generators)
+        self._epoch_start = {**random_state(self.device), "loader": [g.get_state() for g in self._generators]}
         return iter(loader)
 
+    def rewind(self) -> None:
+        """Back to before the epoch's iterator was made, for a save before its first batch was used."""
+        if self._epoch_start:
+            set_random_state(self._epoch_start, self.device)
+            self._set_generators(self._epoch_start["loader"])
+
+    def _set_generators(self, states: list[Tensor]) -> None:
+        if len(states) != len(self._generators):
+            raise ValueError("the checkpoint was made with another kind of loader; use the same one")
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state.cpu())
+        self._resumed_generators = []
+
     def _replay(self, loader: Iterable, batch: int) -> Iterator:
-        if not self._epoch_start or (self._generator is not None and "loader" not in self._epoch_start):
+        if not self._epoch_start:
             raise ValueError("the checkpoint was made in mid-epoch with another kind of loader; use the same one")
         with preserved_random_state(self.device):
-            set_random_state(self._epoch_start, self.device)
-            if self._generator is not None:
-                self._generator.set_state(self._epoch_start["loader"].cpu())
+            self.rewind()
             batches = iter(loader)
             found = sum(1 for _ in itertools.islice(batches, batch))
         if found < batch:
             raise ValueError(
                 f"the checkpoint was made after batch {batch}, the loader has {found}; is it another data set?"
             )
-        self._resumed_generator = None
         return batches
 
     def state_dict(self) -> dict[str, Any]:
-        """The random state of the epoch's start, and the state of the loader's generator, if it has one."""
-        waiting = self._resumed_generator
-        generator = self._generator.get_state() if waiting is None and self._generator is not None else waiting
-        return {"epoch_start": self._epoch_start, "generator": generator}
+        """The random state of the epoch's start, and the states of the loader's own generators."""
+        now = self._resumed_generators or [generator.get_state() for generator in self._generators]
+        return {"epoch_start": self._epoch_start, "generators": now}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state`, when the loader is next seen."""
-        self._epoch_start, self._resumed_generator = state["epoch_start"], state["generator"]
+        self._epoch_start, self._resumed_generators = state["epoch_start"], list(state["generators"])
+
+
+def own_generators(loader: Any) -> list[torch.Generator]:
+    """The random generators that a DataLoader and its samplers were given, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(part, "generator", None) for part in parts]
+    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
 
 
 def go_to(loader: Any, epoch: int, batch: int) -> bool:

@@ -50,7 +50,7 @@ class Trainer:
         averages: an AveragedModel (`optim.averaged_copy`), updated after each step; it is validated and kept as best.
         nan_policy: what a NaN or infinite loss does: `stop` (raises NonFiniteLoss; on an accelerator up to `log_every`
             steps late, but before anything is saved), `skip` the step (waits for the device at each step), or `ignore`.
-        early_stopping: called with the monitored value after each epoch; training ends when it answers True.
+        early_stopping: an EarlyStopping, called with the monitored value after each epoch.
         monitor: `val_loss` (default), `val_acc`, `train_loss` or `train_acc`: decides best epoch, plateau and stop.
         checkpoint_dir: where to save: the state after each epoch, or every `save_every` steps, of which the last `keep`
             stay; and `best.pt`. With it SIGINT and SIGTERM save at the next step, then raise Interrupted.
@@ -91,6 +91,8 @@ class Trainer:
         _check_options(
             criterion, scheduler_interval, accumulate, clip_norm, clip_value, nan_policy, monitor, save_every, log_every
         )
+        if save_every and checkpoint_dir is None:
+            raise ValueError(f"save_every={save_every} needs a checkpoint_dir to save in")
         _check_directions(scheduler, scheduler_interval, early_stopping, monitor)
         self.device = torch.device(device) if device is not None else model_device(model)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
@@ -141,6 +143,7 @@ class Trainer:
         Raises Interrupted, NonFiniteLoss; OSError if a checkpoint cannot be written (older ones stay).
         """
         if self._resumed_random_state is None:
+            self._check_unused()
             self._first_epoch = self.epoch
         else:  # what was done since `resume`, such as drawing a graph, may have drawn random numbers
             set_random_state(self._resumed_random_state, self.device)
@@ -167,9 +170,7 @@ class Trainer:
 
     def _train_epoch(self, batches: Iterator) -> tuple[float, float | None]:
         self.model.train()
-        batches = self._signals.until(batches)
-        while window := list(itertools.islice(batches, self.accumulate)):
-            self._leave_if_signalled()  # noted while the window was fetched: it may be a part of one
+        while window := self._next_window(batches):
             stepped = self._train_window([to_device(batch, self.device, self.memory_format) for batch in window])
             self.batch += len(window)
             if len(self._running.pending) >= self.log_every:
@@ -179,9 +180,17 @@ class Trainer:
             if stepped and self.save_every and self.step % self.save_every == 0:
                 self.save()
             self._leave_if_signalled()
-        self._leave_if_signalled()
         self._read_losses()
         return self._running.means()
+
+    def _next_window(self, batches: Iterator) -> list:
+        try:
+            return list(itertools.islice(batches, self.accumulate))
+        except RuntimeError:  # a signal to the whole process group also ends the loader's workers
+            if self._signals.signum and self.batch == 0:
+                self._position.rewind()
+            self._leave_if_signalled()
+            raise
 
     def _train_window(self, window: list[tuple[Any, Tensor]]) -> bool:
         """One optimizer step by the gradient of the mean loss over all samples of `window`; False if it was skipped."""
@@ -194,9 +203,10 @@ class Trainer:
                 loss = loss * (len(targets) / samples)
             self.scaler.scale(loss).backward()
             results.append(result)
-        if self._finite_now(results) and self._optimizer_step():
+        if self._finite_now(results):
             self._running.add(results)
-            return True
+            if self._optimizer_step():
+                return True
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=False):  # BatchNorm has seen the bad batch
             buffer.copy_(before)
@@ -205,13 +215,16 @@ class Trainer:
 
     def _optimizer_step(self) -> bool:
         """Unscale → clip → optimizer → schedule → averages. False if the step was skipped."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
-        if self.clip_value is not None:
-            nn.utils.clip_grad_value_(self._trained_parameters(), self.clip_value)
-        if self.clip_norm is not None or self.nan_policy == "skip":
-            self.grad_norm = nn.utils.clip_grad_norm_(self._trained_parameters(), self.clip_norm or math.inf)
-            if self.nan_policy == "skip" and not self.scaler.is_enabled() and not bool(self.grad_norm.isfinite()):
+        if self.nan_policy == "skip" and not self.scaler.is_enabled():
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])  # before clipping makes an infinite one finite
+            if not bool(norm.isfinite()):
                 return False
+        if self.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.clip_value)
+        if self.clip_norm is not None:
+            self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -247,7 +260,7 @@ class Trainer:
         if improved:
             self.best_score, self.best_epoch = score, self.epoch
         self.epoch, self.batch, self._running = self.epoch + 1, 0, RunningMeans()
-        if self.checkpoints and distributed.is_main() and improved:
+        if self.checkpoints and improved:
             self.checkpoints.save_best(self._best_state(values))
         if self.checkpoints and not self.save_every:
             self.save()
@@ -290,9 +303,6 @@ class Trainer:
             )
         return float(values[name])  # type: ignore[arg-type]
 
-    def _trained_parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
     @property
     def _numbers(self) -> dict[str, Any]:
         return {"precision": self.precision, "memory_format": self.memory_format}
@@ -300,7 +310,11 @@ class Trainer:
     def _validate_epoch(self, loader: Iterable) -> tuple[float, float | None]:
         """`validate`, cut short by a signal: after the resume all of it is done again."""
         go_to(loader, self.epoch, 0)
-        return self.validate(self._signals.until(loader))
+        try:
+            return self.validate(self._signals.until(loader))
+        except (RuntimeError, ValueError):  # its workers were ended by the signal, perhaps before the first batch
+            self._leave_if_signalled()
+            raise
 
     def _finite_now(self, results: list[BatchResult]) -> bool:
         """Looks at the losses at once where that costs nothing (CPU), or where the policy needs it; else later."""
@@ -367,17 +381,13 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any], where: str = "checkpoint") -> None:
         """Goes on from `state`. Raises CheckpointError if it belongs to another model, data set or set-up."""
-        here, there = (
-            {**kinds, **metadata}
-            for kinds, metadata in (
-                (self._kinds(), self.metadata),
-                (state.get("kinds", self._kinds()), state.get("metadata", {})),
-            )
-        )
+        here = self.metadata | self._kinds()
+        there = state.get("metadata", {}) | state.get("kinds", self._kinds())
         for key in sorted(here.keys() | there.keys()):
             if here.get(key) != there.get(key):
                 raise CheckpointError(
-                    f"{where}: of another run: {key} is {there.get(key)!r} there, {here.get(key)!r} here"
+                    f"{where}: of another run: {key} is {there.get(key)!r} there, {here.get(key)!r} here; "
+                    "resume with the same set-up"
                 )
         parts = {
             "scheduler_state_dict": self.scheduler,
@@ -408,6 +418,14 @@ class Trainer:
             raise CheckpointError(
                 f"{where}: does not fit this trainer ({type(error).__name__}: {error}); resume with the same options"
             ) from error
+
+    def _check_unused(self) -> None:
+        """Two runs in one folder would be mixed: `resume` would take the one with the higher step."""
+        if self.checkpoints and self._saved_at == (-1, -1, -1) and self.checkpoints.steps():
+            raise ValueError(
+                f"{self.checkpoints.folder}: holds the checkpoints of an earlier run; "
+                "call resume(), or give another folder"
+            )
 
     def _kinds(self) -> dict[str, str]:
         return {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
