@@ -738,6 +738,19 @@ class Parts(unittest.TestCase):
             CustomDataset([1, 2, 3], [1, 2])
 
 
+class Grid(unittest.TestCase):
+    def test_it_samples_as_affine_grid_does(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        for height, width in ((28, 28), (8, 20), (1, 3)):
+            images, draws = torch.rand(5, 2, height, width, generator=generator), torch.rand(5, 3, generator=generator)
+            cos, sin = torch.cos(draws[:, 0] * math.radians(10)), torch.sin(draws[:, 0] * math.radians(10))
+            rows = (cos, -sin * height / width, draws[:, 1] / 5, sin * width / height, cos, draws[:, 2] / 5)
+            matrix = torch.stack(rows, dim=1).view(5, 2, 3)
+            grid = torch.nn.functional.affine_grid(matrix, [5, 2, height, width], align_corners=False)
+            expected = torch.nn.functional.grid_sample(images, grid, align_corners=False)
+            torch.testing.assert_close(RandomAffine(10, 0.1)(images, draws), expected)
+
+
 class LoadSplits(unittest.TestCase):
     def test_training_validation_and_test_images_are_disjoint_and_seeded(self) -> None:
         def few(name: str, data_dir: object, train: bool) -> Images:

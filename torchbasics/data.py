@@ -228,13 +228,23 @@ class RandomAffine:
             return inputs
         height, width = inputs.shape[-2:]
         cos, sin = torch.cos(draws[:, 0] * self.radians), torch.sin(draws[:, 0] * self.radians)
-        # affine_grid takes the map from output to input, in coordinates where the image reaches from -1 to 1
+        # the map from output to input, in coordinates where the image reaches from -1 to 1
         shift = draws[:, 1:] * (2 * self.shift)
-        matrix = torch.stack(
-            [cos, -sin * (height / width), shift[:, 0], sin * (width / height), cos, shift[:, 1]], dim=1
+        across = torch.stack([cos, sin * (width / height)], dim=1)[:, :, None, None]  # (B, 2, 1, 1)
+        down = torch.stack([-sin * (height / width), cos], dim=1)[:, :, None, None]
+        x, y = _pixel_centres(height, width, inputs.device)
+        # F.affine_grid makes the same grid, but takes three times as long as grid_sample
+        grid = torch.addcmul(torch.addcmul(shift[:, :, None, None], down, y), across, x)  # (B, 2, H, W)
+        return F.grid_sample(
+            inputs, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="zeros", align_corners=False
         )
-        grid = F.affine_grid(matrix.view(-1, 2, 3), list(inputs.shape), align_corners=False)
-        return F.grid_sample(inputs, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _pixel_centres(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x (1, W) and y (H, 1) of the pixels' centres."""
+    x, y = ((torch.arange(size, device=device) * 2 + 1) / size - 1 for size in (width, height))
+    return x[None, :], y[:, None]
 
 
 class TensorLoader:
@@ -299,17 +309,19 @@ class TensorLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for number, samples, part in self.batches:
-            yield self._inputs(number, samples, part), self.targets[samples[part].to(self.device)]
+            own = samples[part].to(self.device, non_blocking=True)
+            yield self._inputs(number, own, len(samples), part), self.targets.index_select(0, own)
 
-    def _inputs(self, number: int, samples: Tensor, part: slice) -> Tensor:
-        inputs = self.inputs[samples[part].to(self.device, non_blocking=True)]  # (B, C, H, W)
+    def _inputs(self, number: int, own: Tensor, count: int, part: slice) -> Tensor:
+        """Of batch `number` of `count` samples the inputs of this process, which are the `part` at indices `own`."""
+        inputs = self.inputs.index_select(0, own)  # (B, C, H, W)
         if inputs.dtype == torch.uint8:
             inputs = inputs.float()
         if self.augment is not None:
             generator = torch.Generator(self.device).manual_seed(
                 mix_seed(self.batches.seed, self.batches.epoch, number)
             )
-            inputs = self.augment(inputs, self.augment.draw(len(samples), generator)[part])
+            inputs = self.augment(inputs, self.augment.draw(count, generator)[part])
         return inputs.sub_(self._shift).mul_(self._scale) if self.inputs.dtype == torch.uint8 else inputs
 
     def set_epoch(self, epoch: int) -> None:
