@@ -16,8 +16,18 @@ import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-if __name__ == "__main__":  # nothing of its own folder is needed, and a json.py beside this file must not stop it
-    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or ".") != HERE]
+
+
+def python_path() -> list[str]:
+    """Return the folders of PYTHONPATH; an empty entry means the current one."""
+    path = os.environ.get("PYTHONPATH", "")
+    return [os.path.abspath(folder or ".") for folder in path.split(os.pathsep)] if path else []
+
+
+if __name__ == "__main__":  # a json.py beside this file or on PYTHONPATH must not stop it: the standard library first
+    rest = [folder for folder in sys.path if os.path.abspath(folder or ".") not in (HERE, *python_path())]
+    cut = next((i for i, folder in enumerate(rest) if folder.endswith("-packages")), len(rest))
+    sys.path[:] = rest[:cut] + [f for f in sys.path if os.path.abspath(f) in python_path()] + rest[cut:]
 
 import argparse
 import contextlib
@@ -49,6 +59,8 @@ GIB = 2**30
 MARK = "\x1eenv_check "  # begins the lines that a child writes for its parent, whatever else libraries print
 GET_STARTED = "take the right build from https://pytorch.org/get-started/locally"
 torch: Any = None  # only check_torch binds it, and only in a child
+WHEELS = "https://download.pytorch.org/whl"
+PAIR_FROM = "pip install --force-reinstall torch torchvision --index-url"
 PAIR = "pip install --force-reinstall torch torchvision (both in one command, so that they pair)"
 
 
@@ -147,34 +159,19 @@ def check_python() -> Result:
     return result("Python", found, "" if good else "make an environment with a 64-bit Python 3.10 or newer", FAIL)
 
 
-# Runs in a child. What is loaded before any script starts cannot be hidden, and a file that hands over the real module
-# hides nothing (scripts/profile.py does): so a name is judged by whether importing it gives all its public names.
-HIDDEN_PROBE = """
-import sys
-mark, folder, name = sys.argv[1:]
-good = name in sys.modules
-if not good:
-    import importlib
-    real = importlib.import_module(name)
-    public = getattr(real, "__all__", None) or [n for n in vars(real) if not n.startswith("_")]
-    del sys.modules[name]
-    sys.path.insert(0, folder)
-    seen = importlib.import_module(name)
-    good = all(hasattr(seen, n) for n in public)
-print(mark + ("good" if good else "hidden"), flush=True)
-"""
-
-
 def check_hidden_modules() -> Result:
-    """Files that Python would import in place of standard modules (or of torch and numpy)."""
-    on_path = [HERE, *(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)]
+    """Files that Python would import in place of standard modules (or of torch and numpy).
+
+    They are read and never run. What Python loads before any script cannot be hidden, and a file that puts the real
+    module in its own place hides nothing (scripts/profile.py does).
+    """
     standard: frozenset[str] = getattr(sys, "stdlib_module_names", frozenset())
-    hidden = []
-    for folder in map(Path, dict.fromkeys([*on_path, os.getcwd()])):
-        for path in [*folder.glob("*.py"), *folder.glob("*/__init__.py")]:
+    loaded = output_of(sys.executable, "-I", "-c", "import sys; print(*sys.modules)").split()
+    hands_over, hidden = re.compile(r"sys\.modules\[[^]]*\]\s*=[^=]|globals\(\)\.update\("), []
+    for folder in map(Path, dict.fromkeys([HERE, *python_path(), os.getcwd()])):
+        for path in filter(Path.is_file, [*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
             name = path.parent.name if path.name == "__init__.py" else path.stem
-            command = [sys.executable, "-I", "-c", HIDDEN_PROBE, MARK, str(folder), name]
-            if name in standard and MARK + "good" not in capture(command, 10)[1]:
+            if name in standard and name not in loaded and not hands_over.search(read(path)):
                 hidden.append(str(path))
             if name in ("torch", "torchvision", "numpy") and not any(folder.glob(f"{name}-*.dist-info")):
                 hidden.append(str(path))
@@ -197,10 +194,14 @@ def cgroup_limits(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cg
     return min(cpus), min(memory)
 
 
+def allowed_cpus() -> int:
+    """Return how many CPUs the affinity of this process allows."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def usable_cpus() -> int:
     """Return how many CPUs this process may keep busy: affinity and container quota, rounded up."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(max(1, min(allowed, cgroup_limits()[0] + 0.99)))
+    return int(max(1, min(allowed_cpus(), cgroup_limits()[0] + 0.99)))
 
 
 def check_cpu() -> Result:
@@ -218,10 +219,20 @@ def check_cpu() -> Result:
     return result("CPU", found, todo)
 
 
+def check_CPU_affinity() -> Result:
+    """CPUs of the machine, of this process and of the container; `torch threads` says what torch makes of them."""
+    which = re.search(r"Cpus_allowed_list:\s*(\S+)", read("/proc/self/status"))
+    found = f"{os.cpu_count()} CPUs in the machine, {allowed_cpus()} allowed for this process"
+    found += f" ({which.group(1)})" if which else ""
+    quota = cgroup_limits()[0]
+    found += f", container quota {'none' if quota == float('inf') else f'{quota:g}'}, so {usable_cpus()} usable"
+    return result("CPU affinity", found)
+
+
 def check_thread_settings() -> Result:
-    """CPUs that may be used, against OMP_NUM_THREADS and its relatives."""
-    cpus, quota, threads = usable_cpus(), cgroup_limits()[0], os.environ.get("OMP_NUM_THREADS", "")
-    found = f"{cpus} usable CPUs (container quota {'none' if quota == float('inf') else quota}); "
+    """OMP_NUM_THREADS and its relatives against the CPUs that may be used."""
+    cpus, threads = usable_cpus(), os.environ.get("OMP_NUM_THREADS", "")
+    found = f"{cpus} usable CPUs; "
     found += settings("OMP_", "MKL_", "KMP_", "GOMP_") or "no variables set"
     wrong = threads and (not re.fullmatch(r"[1-9]\d*(,\d+)*", threads) or int(threads.split(",")[0]) > cpus)
     return result("thread settings", found, f"export OMP_NUM_THREADS={cpus}, or less" if wrong else "")
@@ -254,7 +265,7 @@ def check_space() -> Iterator[Result]:
         yield result("/dev/shm", found, todo if usage.free < GIB // 2 else "")
 
 
-@functools.cache  # a broken driver may take its time
+@functools.lru_cache(maxsize=1)  # a broken driver may take its time
 def nvidia_gpus() -> tuple[list[str], str]:
     """Return the names of the NVIDIA GPUs and the driver's version (empty without one), without torch."""
     listed = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
@@ -322,9 +333,10 @@ def check_distributed_variables() -> Result:
 
 
 def check_allocator_settings() -> Result:
-    found = settings("PYTORCH_", "CUDA_LAUNCH_BLOCKING", "MALLOC_CONF", "LD_PRELOAD", "TORCH_ALLOW_TF32") or "defaults"
+    found = settings("PYTORCH_", "CUDA_LAUNCH_BLOCKING", "MALLOC_CONF", "LD_PRELOAD", "TORCH_ALLOW_TF32", "NVIDIA_TF32")
     debugging = ("PYTORCH_NO_CUDA_MEMORY_CACHING", "CUDA_LAUNCH_BLOCKING")
     slow = [name for name in debugging if os.environ.get(name, "0") not in ("", "0")]
+    found = found or "defaults"
     return result("allocator settings", found, f"unset {' and '.join(slow)}: slow, for debugging only" if slow else "")
 
 
@@ -351,8 +363,9 @@ def check_extras() -> Iterator[Result]:
 
 
 HOST_CHECKS: list[Callable[..., Any]] = [
-    check_python, check_hidden_modules, check_cpu, check_thread_settings, check_space, check_GPU_driver,
-    check_visible_devices, check_distributed_variables, check_allocator_settings, check_compiler, check_extras,
+    check_python, check_hidden_modules, check_cpu, check_CPU_affinity, check_thread_settings, check_space,
+    check_GPU_driver, check_visible_devices, check_distributed_variables, check_allocator_settings, check_compiler,
+    check_extras,
 ]  # fmt: skip
 
 
@@ -375,7 +388,8 @@ def check_torch() -> Result:
 
 def check_torch_threads() -> Result:
     threads, cpus = torch.get_num_threads(), usable_cpus()
-    found = f"{threads} for {cpus} usable CPUs, kernels for {torch.backends.cpu.get_cpu_capability()}"
+    found = f"{threads} in an operation, {torch.get_num_interop_threads()} between operations, for {cpus} usable CPUs, "
+    found += f"kernels for {torch.backends.cpu.get_cpu_capability()}"
     return result("torch threads", found, f"export OMP_NUM_THREADS={cpus}" if threads > cpus else "")
 
 
@@ -430,7 +444,8 @@ def architecture_verdict(capability: tuple[int, int], built: list[str]) -> tuple
 
 def check_GPUs() -> Iterator[Result]:
     """Memory, compute capability against the wheel, and bf16 of each GPU."""
-    for i in range(torch.cuda.device_count()):
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0  # if not, check_CUDA has said why
+    for i in range(usable):
         properties, (free, total) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
         capability = (properties.major, properties.minor)
         built = torch.cuda.get_arch_list()
@@ -444,7 +459,10 @@ def check_GPUs() -> Iterator[Result]:
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         for i in range(torch.xpu.device_count()):
             properties = torch.xpu.get_device_properties(i)
-            yield result(f"xpu:{i}", f"{properties.name}, {properties.total_memory / GIB:.1f} GiB")
+            found = f"{properties.name}, {properties.total_memory / GIB:.1f} GiB"
+            with contextlib.suppress(RuntimeError, AttributeError):  # some Intel GPUs do not tell what is free
+                found += f", {torch.xpu.mem_get_info(i)[0] / GIB:.1f} free"
+            yield result(f"xpu:{i}", found)
 
 
 def check_libraries() -> Result:
@@ -456,7 +474,8 @@ def check_libraries() -> Result:
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if nccl else "no",
         "gloo": dist.is_available() and dist.is_gloo_available(),
         "flash attention": cuda.is_built() and cuda.is_flash_attention_available(),
-        "TF32 products": cuda.is_built() and torch.get_float32_matmul_precision() != "highest",
+        "TF32 products": cuda.is_built() and cuda.matmul.fp32_precision == "tf32",
+        "TF32 convolutions": cuda.is_built() and torch.backends.cudnn.conv.fp32_precision == "tf32",
         "MPS": torch.backends.mps.is_available(),
         "XPU": hasattr(torch, "xpu") and torch.xpu.is_available(),
     }
@@ -593,7 +612,10 @@ def live_speed(device: str) -> Result:
     """A short figure that tells a healthy device from a throttled one; not a benchmark."""
     side, count = (1024, 2**24) if device == "cpu" else (4096, 2**26)
     a, source = torch.randn(side, side, device=device), torch.ones(count, device=device)
-    target, synchronize = torch.empty_like(source), getattr(torch, device.split(":")[0]).synchronize
+    target, module = torch.empty_like(source), getattr(torch, device.split(":")[0])
+
+    def synchronize() -> None:
+        module.synchronize(*[device] if ":" in device else [])  # that of mps takes no device
 
     def best(work: Callable[[], Any]) -> float:
         """Return the shortest time of a call, in seconds, of about 0.2 s of calls after a warm-up."""
@@ -667,6 +689,8 @@ def run_child(group: str, with_compile: bool) -> int:
 
     if group != "torch":
         check_torch()
+        if ":" in group:
+            getattr(torch, group.split(":")[0]).set_device(int(group.split(":")[1]))
         for work in [*WORK, *([work_torch_compile] if with_compile else [])]:
             run(f"{group}: {title(work)}", compare, group, work)
         extra = {"cpu": [live_data_loader_worker, live_gloo_all_reduce], "cuda:0": [live_nccl_all_reduce]}
@@ -706,16 +730,52 @@ def run_group(group: str, command: list[str], timeout: float) -> tuple[list[Resu
     return results, state.get("devices", [])
 
 
+def cuda_remedy(build: str) -> str:
+    """Say what gives torch an NVIDIA (or AMD) GPU, for every cause that holds; `build` begins the CUDA line."""
+    if platform.system() == "Darwin":
+        return "macOS has no CUDA: use --require mps"
+    (gpus, driver), steps = nvidia_gpus(), []
+    if build.startswith("CPU"):  # CUDA 13 needs a driver of 580 or newer
+        index = f"{WHEELS}/{'cu126' if driver and numbers(driver) < (580,) else 'cu130'}"
+        steps.append(f"this torch is built for the CPU only: {PAIR_FROM} {index}, or {GET_STARTED}")
+    if hides_all_gpus():
+        steps.append("CUDA_VISIBLE_DEVICES hides all GPUs: unset it, or name one, as in CUDA_VISIBLE_DEVICES=0")
+    if build.startswith("ROCm"):
+        steps.append("see whether rocminfo lists the GPU; start a container with --device=/dev/kfd --device=/dev/dri")
+    elif not gpus or not driver:
+        missing = "no NVIDIA driver works" if gpus else "no NVIDIA GPU is found"
+        steps.append(f"{missing}: install the driver until nvidia-smi lists the GPU; start a container with --gpus all")
+    return "; ".join(steps)
+
+
+def device_remedy(kind: str, facts: list[Result]) -> str:
+    """Say what makes a kind of device work, by what the facts say of torch."""
+    if facts[0].status != PASS:
+        return f"mend torch first: {facts[0].todo}"
+    if kind == "mps":
+        apple = platform.system() == "Darwin"
+        here = "update macOS, and use an arm64 Python" if apple else "this is no Mac: use --require cpu, cuda or xpu"
+        return f"MPS needs Apple silicon and macOS 14 or newer: {here}"
+    if kind == "xpu":
+        build = "" if "+xpu" in facts[0].found else f"this torch has no XPU: {PAIR_FROM} {WHEELS}/xpu; "
+        return f"{build}install the Intel GPU driver (apt install libze-intel-gpu1); in a container, --device=/dev/dri"
+    cuda = next((fact for fact in facts if fact.name == "CUDA"), facts[-1])  # or where the child ended before it
+    return cuda_remedy(cuda.found) or cuda.todo or f"see the lines above, or {GET_STARTED}"
+
+
 def check_wanted(require: str, min_gpus: int, devices: list[str], facts: list[Result]) -> Iterator[Result]:
-    """--require and --min-gpus against the devices, with the reason that the facts give."""
-    gpus, subject = [d for d in devices if d != "cpu"], "libraries" if require in ("mps", "xpu") else "CUDA"
-    why = next((fact.found for fact in facts if fact.name == subject), f"torch: {facts[0].found}")
-    todo = f"mend this ({why}), or {GET_STARTED}"
+    """--require and --min-gpus against the devices."""
+    gpus, usable = [d for d in devices if d != "cpu"], f"usable: {', '.join(devices) or 'none'}"
     if require:
         have = any(device.split(":")[0] == require for device in devices)
-        yield result("--require", f"{require}; usable: {', '.join(devices) or 'none'}", "" if have else todo, FAIL)
-    if min_gpus:
-        yield result("--min-gpus", f"{len(gpus)} of {min_gpus} usable", "" if len(gpus) >= min_gpus else todo, FAIL)
+        todo = "" if have else device_remedy(require, facts)
+        yield result("--require", f"{require}; {usable}", todo, FAIL)
+    if len(gpus) < min_gpus:
+        todo = "see which GPUs nvidia-smi lists and CUDA_VISIBLE_DEVICES names, or take a smaller number"
+        todo = todo if gpus else device_remedy("mps" if platform.system() == "Darwin" else require or "cuda", facts)
+        yield result("--min-gpus", f"{len(gpus)} of {min_gpus}; {usable}", todo, FAIL)
+    elif min_gpus:
+        yield result("--min-gpus", f"{len(gpus)} of {min_gpus}; {usable}")
 
 
 def collect(args: argparse.Namespace) -> Iterator[Result]:
@@ -833,4 +893,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no child is left behind
     sys.exit(main())

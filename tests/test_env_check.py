@@ -7,18 +7,20 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import unittest
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "env_check.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "env_check.py"
 spec = importlib.util.spec_from_file_location("env_check", SCRIPT)
 assert spec is not None and spec.loader is not None
 env_check: Any = importlib.util.module_from_spec(spec)
@@ -60,6 +62,18 @@ def checks(*statuses: str) -> Any:
     return mock.patch.object(env_check, "collect", lambda args: iter(lines))
 
 
+def gone(pid: str) -> bool:
+    """Say whether a process ends within 5 s (Z: dead, and nobody has asked for its exit code)."""
+    stat = Path("/proc", pid, "stat")
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            if ") Z" not in stat.read_text():
+                time.sleep(0.05)
+                continue
+        return True
+    return False
+
+
 class ExitCodes(unittest.TestCase):
     def test_statuses_decide(self) -> None:
         for statuses, argv, wanted in (
@@ -83,10 +97,51 @@ class ExitCodes(unittest.TestCase):
             self.assertEqual(call("--require", "cpu")[0], 0)
             code, text = call("--require", "cuda", "--quick")
             self.assertEqual(code, 1)
-            self.assertIn("CUDA is fine", text)  # the reason stands in the line
+            self.assertIn("FAIL  --require", text)
             self.assertEqual(call("--min-gpus", "1")[0], 1)
         two = list(env_check.check_wanted("cuda", 2, ["cpu", "cuda:0", "cuda:1"], healthy("torch", [], 1)[0]))
         self.assertEqual([line.status for line in two], ["PASS", "PASS"])
+
+    def wanted(self, require: str, build: str, gpus: list[str], driver: str, hidden: bool, on: str = "Linux") -> str:
+        """What --require says to do on a machine with only a CPU for torch."""
+        facts = [env_check.result("torch", "2.15.0 at /x"), env_check.result("CUDA", f"{build}, whatever", "mend CUDA")]
+        with (
+            mock.patch.object(env_check, "nvidia_gpus", lambda: (gpus, driver)),
+            mock.patch.object(env_check, "hides_all_gpus", lambda: hidden),
+            mock.patch("platform.system", lambda: on),
+        ):
+            [line] = env_check.check_wanted(require, 0, ["cpu"], facts)
+            [count] = env_check.check_wanted("", 1, ["cpu"], facts)
+        self.assertEqual((line.status, line.found), ("FAIL", f"{require}; usable: cpu"))
+        if require == "cuda" and on == "Linux":
+            self.assertEqual(count.todo, line.todo)
+        return str(line.todo)
+
+    def test_require_tells_the_causes_apart(self) -> None:
+        cpu_only, hides, no_gpu = "built for the CPU only: pip install", "CUDA_VISIBLE_DEVICES hides", "--gpus all"
+        for build, gpus, driver, hidden, causes in (
+            ("CPU build", ["H200"], "580.65", False, [cpu_only, "/whl/cu130"]),
+            ("CPU build", ["H200"], "570.10", False, [cpu_only, "/whl/cu126"]),  # too old for CUDA 13
+            ("CPU build", [], "", False, [cpu_only, "/whl/cu130", no_gpu]),
+            ("CUDA 13.2 build", [], "", False, [no_gpu, "no NVIDIA GPU is found"]),
+            ("CUDA 13.2 build", ["an NVIDIA GPU"], "", False, [no_gpu, "no NVIDIA driver works"]),
+            ("CUDA 13.2 build", ["H200"], "580.65", True, [hides, "unset it"]),
+            ("CPU build", ["H200"], "580.65", True, [cpu_only, "/whl/cu130", hides, "unset it"]),
+            ("CUDA 13.2 build", ["H200"], "580.65", False, ["mend CUDA"]),  # all there, and it does not work
+            ("ROCm 7.1 build", [], "", False, ["--device=/dev/kfd"]),
+        ):
+            with self.subTest(build=build, gpus=gpus, driver=driver, hidden=hidden):
+                todo = self.wanted("cuda", build, gpus, driver, hidden)
+                for word in {cpu_only, hides, no_gpu, "mend CUDA", "/whl/cu130", "/whl/cu126", "unset it", *causes}:
+                    self.assertEqual(word in todo, word in causes, (word, todo))
+        self.assertIn("--require mps", self.wanted("cuda", "CPU build", [], "", False, "Darwin"))
+        self.assertIn("arm64", self.wanted("mps", "CPU build", [], "", False, "Darwin"))
+        self.assertIn("this is no Mac", self.wanted("mps", "CPU build", [], "", False))
+        self.assertIn("/whl/xpu", self.wanted("xpu", "CPU build", [], "", False))
+        [line] = env_check.check_wanted("cuda", 0, [], [env_check.result("torch", "no", "pip install it", "FAIL")])
+        self.assertEqual(line.todo, "mend torch first: pip install it")
+        [line] = env_check.check_wanted("", 2, ["cpu", "cuda:0"], [env_check.result("torch", "2.15.0")])
+        self.assertIn("CUDA_VISIBLE_DEVICES", line.todo)
 
     def test_a_raising_check_is_one_line(self) -> None:
         def check_nothing_good() -> None:
@@ -147,6 +202,28 @@ class Forms(unittest.TestCase):
             _, err = child.communicate(timeout=60)
         self.assertEqual((child.returncode, err), (141, b""))
 
+    @unittest.skipUnless(Path("/proc/self/stat").is_file(), "needs /proc")
+    def test_interrupted_leaves_no_child_and_no_traceback(self) -> None:
+        hanging = "import os, pathlib, time\npath = pathlib.Path(__file__).with_name('pid.part')\n" \
+                  "path.write_text(str(os.getpid()))\npath.rename(path.with_name('pid'))\ntime.sleep(60)\n"  # fmt: skip
+        # a shell's background jobs ignore SIGINT, and so would the child: a handler here gives it the default
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        for number, wanted in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            with self.subTest(number=number), folder({"torch/__init__.py": hanging}, python_path=True) as root:
+                command, pid = [sys.executable, str(SCRIPT), "--json"], Path(root, "torch", "pid")
+                with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                    try:
+                        for _ in range(600):
+                            if pid.is_file() or process.poll() is not None:
+                                break
+                            time.sleep(0.05)
+                        process.send_signal(number)
+                        out, err = process.communicate(timeout=20)
+                    finally:
+                        process.kill()
+                self.assertEqual((process.returncode, out, err), (wanted, b"", b""))
+                self.assertTrue(gone(pid.read_text()))
+
 
 class Machine(unittest.TestCase):
     def test_cgroup_limits(self) -> None:
@@ -171,6 +248,19 @@ class Machine(unittest.TestCase):
         for value, wanted in cases.items():
             with self.subTest(value=value), quota, affinity, mock.patch.dict(os.environ, {"OMP_NUM_THREADS": value}):
                 self.assertEqual(env_check.check_thread_settings().status, wanted)
+
+    def test_affinity_is_a_line_of_its_own(self) -> None:
+        with (
+            mock.patch.object(env_check, "cgroup_limits", lambda: (1.5, float("inf"))),
+            mock.patch.object(os, "sched_getaffinity", lambda pid: {0, 2, 3, 4}, create=True),
+            mock.patch.object(os, "cpu_count", lambda: 16),
+            mock.patch.object(env_check, "read", lambda path: "Name:\tpython\nCpus_allowed_list:\t0,2-4\n"),
+        ):
+            line = env_check.check_CPU_affinity()
+        self.assertEqual((line.status, line.name), ("PASS", "CPU affinity"))
+        self.assertEqual(line.found, "16 CPUs in the machine, 4 allowed for this process (0,2-4), "
+                         "container quota 1.5, so 2 usable")  # fmt: skip
+        self.assertIn(env_check.check_CPU_affinity, env_check.HOST_CHECKS)
 
     def test_distributed_variables(self) -> None:
         good = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}
@@ -214,6 +304,32 @@ class Machine(unittest.TestCase):
             ):  # fmt: skip
                 with self.subTest(files=list(files)), folder(files, python_path=True):
                     self.assertEqual(env_check.check_hidden_modules().status, wanted)
+
+    def test_files_that_hide_modules_are_named_and_never_run(self) -> None:
+        with tempfile.TemporaryDirectory() as root:
+            marker = Path(root, "marker")
+            harm = f"open({str(marker)!r}, 'a').write(__name__)\nraise SystemExit(7)\n"
+            on_path = {"random.py": harm, "argparse.py": harm, "json/__init__.py": harm, "torch/__init__.py": NO_TORCH}
+            beside = {"env_check.py": SCRIPT.read_text(), "secrets.py": harm, "typing.py": harm}
+            with (
+                folder(on_path, python_path=True) as path,
+                folder({"queue.py": harm, "numpy.py": harm}) as cwd,
+                folder(beside) as own,  # the folder that Python puts first
+            ):
+                if hasattr(os, "mkfifo"):
+                    os.mkfifo(f"{cwd}/cmd.py")  # reading it would never end
+                for python_path in (path, os.pathsep + path):  # an empty entry stands for the current folder
+                    os.environ["PYTHONPATH"] = python_path
+                    done = subprocess.run([sys.executable, f"{own}/env_check.py", "--quick", "--json"],
+                                          cwd=cwd, capture_output=True, text=True, timeout=60)  # fmt: skip
+                    self.assertEqual((done.returncode, done.stderr), (1, ""))
+                    self.assertFalse(marker.exists(), marker.is_file() and marker.read_text())
+                    lines = {line["name"]: line for line in json.loads(done.stdout)["checks"]}
+                    self.assertEqual(lines["torch"]["found"], "not installed")  # it comes before site-packages still
+                    self.assertEqual(lines["hidden modules"]["status"], "WARN")
+                    for name in (f"{path}/random.py", f"{path}/argparse.py", f"{path}/json/__init__.py",
+                                 f"{cwd}/queue.py", f"{cwd}/numpy.py", f"{own}/secrets.py"):  # fmt: skip
+                        self.assertIn(name, lines["hidden modules"]["found"])
 
 
 class Torch(unittest.TestCase):
@@ -264,13 +380,7 @@ class Torch(unittest.TestCase):
         self.assertLess(time.monotonic() - start, 30)
         self.assertEqual([(line.status, line.name) for line in lines], [("PASS", "first"), ("FAIL", "second")])
         self.assertEqual(devices, [])
-        stat = Path("/proc", lines[0].found, "stat")
-        for _ in range(100):  # the worker is gone too (Z: dead, and nobody has asked for its exit code)
-            alive = stat.is_file() and ") Z" not in stat.read_text()
-            if not alive:
-                break
-            time.sleep(0.05)
-        self.assertFalse(alive)
+        self.assertTrue(gone(lines[0].found))  # the worker too
 
     def torchvision(self, torch_version: str, requires: str, error: str) -> Any:
         files = {
@@ -317,6 +427,65 @@ class Torch(unittest.TestCase):
         ):  # fmt: skip
             self.assertEqual(env_check.architecture_verdict(capability, arches)[0], wanted, (capability, arches))
 
+    def test_each_child_works_on_its_own_device(self) -> None:
+        events: list[object] = []
+
+        def work_nothing(device: str, dtype: Any) -> None:
+            events.append("work")
+
+        module = SimpleNamespace(set_device=lambda device: events.append(("set", device)))
+        fake = SimpleNamespace(cuda=module, xpu=module, mps=SimpleNamespace(), cpu=SimpleNamespace())
+        for group, first in (("cuda:1", [("set", 1)]), ("xpu:2", [("set", 2)]), ("mps", []), ("cpu", [])):
+            events.clear()
+            with (
+                self.subTest(group=group),
+                mock.patch.object(env_check, "check_torch", lambda: setattr(env_check, "torch", fake)),
+                mock.patch.object(env_check, "WORK", [work_nothing]),
+                mock.patch.object(env_check, "compare", lambda device, work: work(device, None)),
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
+                env_check.run_child(group, False)
+            self.assertEqual(events, [*first, "work"])
+
+    def test_speed_waits_for_the_device_that_works(self) -> None:
+        import torch
+
+        waits: list[tuple[object, ...]] = []
+        module = SimpleNamespace(synchronize=lambda *device: waits.append(device))
+        env_check.torch = SimpleNamespace(
+            randn=lambda *shape, device: torch.zeros(8, 8), ones=lambda count, device: torch.ones(8),
+            empty_like=torch.empty_like, cuda=module, mps=module,
+        )  # fmt: skip
+        for device, wanted in (("cuda:1", ("cuda:1",)), ("mps", ())):
+            waits.clear()
+            with self.subTest(device=device), mock.patch("time.perf_counter", iter(range(10**6)).__next__):
+                self.assertEqual(env_check.live_speed(device).status, "PASS")
+            self.assertEqual(set(waits), {wanted})
+
+    def test_tf32_of_products_and_convolutions(self) -> None:
+        import torch
+
+        env_check.torch, backends = torch, cast(Any, torch.backends)
+        conv = backends.cudnn.conv
+        self.addCleanup(setattr, conv, "fp32_precision", conv.fp32_precision)
+        with mock.patch.object(torch.backends.cuda, "is_built", lambda: True), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for value, word in (("tf32", "yes"), ("ieee", "no")):  # these two differ from the products, which are mixed
+                conv.fp32_precision = value
+                with (
+                    mock.patch.object(torch.backends.cudnn, "version", lambda: 92600),
+                    mock.patch.object(torch.distributed, "is_nccl_available", lambda: False),
+                    mock.patch.object(torch.backends.cuda, "is_flash_attention_available", lambda: True),
+                ):
+                    found = env_check.check_libraries().found
+                self.assertIn(f"TF32 products no, TF32 convolutions {word}", found)
+
+    def test_an_unusable_gpu_is_told_once(self) -> None:
+        env_check.torch = self.gpu_torch("13.2", False)
+        env_check.torch.cuda.device_count = lambda: 1  # as NVML counts beside a driver that is too old
+        env_check.torch.cuda.mem_get_info = mock.Mock(side_effect=RuntimeError("CUDA driver version is insufficient"))
+        self.assertEqual(list(env_check.check_GPUs()), [])
+
     def gpu_torch(self, cuda: str | None, usable: bool, free: int = 70) -> Any:
         def init() -> None:
             raise RuntimeError("CUDA unknown error")
@@ -355,6 +524,21 @@ class Torch(unittest.TestCase):
         self.assertEqual(list(env_check.check_GPUs()), [env_check.Result("PASS", "cuda:0", found, "")])
         env_check.torch = self.gpu_torch("13.2", True, free=3)
         self.assertEqual(next(iter(env_check.check_GPUs())).status, "WARN")
+
+    def test_xpu_lines(self) -> None:
+        def mem_get_info(i: int) -> tuple[int, int]:
+            if i:
+                raise RuntimeError("this device does not support querying the available free memory")
+            return 12 * 2**30, 16 * 2**30
+
+        properties = SimpleNamespace(name="Arc", total_memory=16 * 2**30)
+        env_check.torch = self.gpu_torch(None, False)
+        env_check.torch.xpu = SimpleNamespace(
+            is_available=lambda: True, device_count=lambda: 2, get_device_properties=lambda i: properties,
+            mem_get_info=mem_get_info,
+        )  # fmt: skip
+        found = [(line.status, line.name, line.found) for line in env_check.check_GPUs()]
+        self.assertEqual(found, [("PASS", "xpu:0", "Arc, 16.0 GiB, 12.0 free"), ("PASS", "xpu:1", "Arc, 16.0 GiB")])
 
     def test_wrong_numbers_fail(self) -> None:
         import torch
