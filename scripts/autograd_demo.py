@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "torchbasics" / "__init__.py").is_file():  # in a checkout its own package comes first, installed or not
     sys.path.insert(0, str(ROOT))
 
@@ -155,12 +155,15 @@ def off_no_grad(device: torch.device) -> None:
 
 @section("off.inference_mode", "A4")
 def off_inference_mode(device: torch.device) -> None:
-    """inference_mode is a stricter no_grad: its tensors can never enter a graph that is differentiated."""
+    """inference_mode is a stricter no_grad: backward cannot save the tensors that are made in it."""
     x = torch.ones(2, requires_grad=True, device=device)
     with torch.inference_mode():
         y = x * 2
     show("y.requires_grad, y.is_inference()", (y.requires_grad, y.is_inference()), (False, True))
-    show_error("x * y later", lambda: x * y, RuntimeError, "Inference tensors cannot be saved for backward")
+    (x + y).sum().backward()
+    show("x + y passes, as its slopes need no values", x.grad, [1, 1])
+    # The slope of x * y along x is y, which would have to be saved.
+    show_error("x * y", lambda: x * y, RuntimeError, "Inference tensors cannot be saved for backward")
     show("x * y.clone(): a normal tensor again", x * y.clone(), [2, 2])
 
 
@@ -322,8 +325,8 @@ def function_own() -> None:
     show("x.grad = 3x^2", x.grad, [3, 12, 27])
     # gradcheck needs float64: in float32 the differences drown in rounding.
     show("gradcheck(Cube.apply, x)", torch.autograd.gradcheck(Cube.apply, x), True)
-    wrong = torch.autograd.gradcheck
-    show_error("gradcheck of a wrong backward", lambda: wrong(WrongCube.apply, x), RuntimeError, "Jacobian mismatch")
+    check = torch.autograd.gradcheck
+    show_error("gradcheck of a wrong backward", lambda: check(WrongCube.apply, x), RuntimeError, "Jacobian mismatch")
 
 
 class Cube(torch.autograd.Function):
@@ -354,7 +357,7 @@ class WrongCube(Cube):
 
 @section("function.finite_differences", "A8")
 def function_finite_differences() -> None:
-    """(f(x + h) - f(x - h)) / 2h comes close to the slope, in float64; autograd is exact and needs one pass."""
+    """(f(x + h) - f(x - h)) / 2h comes close to the slope, in float64; autograd errs by rounding only."""
     x = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     (analytic,) = torch.autograd.grad(torch.sin(x), x)
     show("autograd: cos(0.7)", analytic, math.cos(0.7))
@@ -387,14 +390,15 @@ def inplace_error(device: torch.device) -> None:
 
 @section("inplace.anomaly", "A9")
 def inplace_anomaly() -> None:
-    """Anomaly mode remembers where each operation was called, and points at the forward line that is to blame."""
+    """Anomaly mode points at the forward line whose backward failed; the guilty change in place comes after it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with torch.autograd.detect_anomaly():
             show_error("backward", _forward_with_a_fault().backward, RuntimeError, "modified by an inplace operation")
     text = "\n".join(str(warning.message) for warning in caught)
     show("its report names the function", "_forward_with_a_fault" in text, True)
-    show("and shows the line", "y = torch.exp(x)" in text, True)
+    show("and shows the line whose result changed", "y = torch.exp(x)" in text, True)
+    show("but not y.mul_(2), which changed it", "y.mul_(2)" in text, False)
 
 
 def _forward_with_a_fault() -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "torchbasics" / "__init__.py").is_file():  # in a checkout its own package comes first, installed or not
     sys.path.insert(0, str(ROOT))
 
@@ -48,7 +48,7 @@ def layer_linear(device: torch.device) -> None:
 
 @section("layer.convolution", "N1")
 def layer_convolution(device: torch.device) -> None:
-    """A convolution slides a small kernel over the input; its size is (n + 2 * padding - kernel) // stride + 1."""
+    """A convolution slides a kernel over the input: n values become (n + 2 * padding - kernel) // stride + 1."""
     difference = torch.tensor([[[1.0, 0.0, -1.0]]], device=device)  # (out channels, in channels, kernel)
     signal = torch.tensor([[[1.0, 2.0, 4.0, 8.0]]], device=device)  # (B, channels, length)
     show("conv1d of 1 2 4 8 with 1 0 -1", F.conv1d(signal, difference), [[[1 - 4, 2 - 8]]])
@@ -82,7 +82,9 @@ def layer_norm(device: torch.device) -> None:
     rows = nn.LayerNorm(2).to(device)(x)
     show("BatchNorm1d: each column to mean 0, spread 1", columns, [[-1, -1], [1, 1]], atol=1e-4)
     show("LayerNorm: each row", rows, [[-1, 1], [-1, 1]], atol=1e-4)
-    show("parameters: a scale and a shift each", count_parameters(nn.BatchNorm1d(2)), 2 + 2)
+    show("BatchNorm1d(2): a scale and a shift each", count_parameters(nn.BatchNorm1d(2)), 2 + 2)
+    show("LayerNorm(8): a scale and a shift each", count_parameters(nn.LayerNorm(8)), 8 + 8)
+    show("LayerNorm((3, 8)): a pair per value", count_parameters(nn.LayerNorm((3, 8))), 2 * 3 * 8)
     images = torch.randn(4, 32, 7, 7, device=device)
     norm = nn.BatchNorm2d(32).to(device)
     show("BatchNorm2d(32): one pair per channel", count_parameters(norm), 2 * 32)
@@ -148,7 +150,7 @@ def layer_recurrent(device: torch.device) -> None:
 
 @section("layer.transformer", "N1")
 def layer_transformer(device: torch.device) -> None:
-    """A Transformer encoder layer: attention and two linear layers, each with a norm."""
+    """A Transformer encoder layer is attention, then two linear layers; both parts have a shortcut and a norm."""
     layer = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=32, batch_first=True).to(device)
     show("output shape: as the input", layer(torch.randn(4, 5, 8, device=device)).shape, (4, 5, 8))
     attention, feedforward, norms = 4 * (8 * 8 + 8), (8 * 32 + 32) + (32 * 8 + 8), 2 * (8 + 8)
@@ -403,7 +405,7 @@ def optimizer_sgd(device: torch.device) -> None:
 
 @section("optimizer.adam", "N5")
 def optimizer_adam(device: torch.device) -> None:
-    """Adam divides the mean gradient by its typical size: its first step is lr for every weight, large or small."""
+    """Adam divides the mean gradient by its typical size: the first step is lr, however large or small the gradient."""
     show("Adam: one step of 0.1 each", _descend(torch.optim.Adam, 1, device, lr=0.1), [1 - 0.1, -2 + 0.1])
     expected = []
     for w in (1.0, -2.0):
@@ -426,7 +428,7 @@ def optimizer_decay(device: torch.device) -> None:
         return w.item()
 
     show("SGD, decay 0.5: w - lr * 0.5 w", without_gradient(torch.optim.SGD, 0.5), 2 - 0.1 * 0.5 * 2)
-    # Adam's division undoes the size of the decay: the step is lr, however small the decay. AdamW exists for this.
+    # Where the decay is all the gradient, Adam's division undoes its size: the step is lr. AdamW exists for this.
     show("Adam, decay 0.5: w - lr", without_gradient(torch.optim.Adam, 0.5), 2 - 0.1)
     show("Adam, decay 0.01: the same", without_gradient(torch.optim.Adam, 0.01), 2 - 0.1)
     show("AdamW, decay 0.5: w (1 - lr * 0.5)", without_gradient(torch.optim.AdamW, 0.5), 2 * (1 - 0.1 * 0.5))
@@ -665,7 +667,7 @@ def _changed(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
 
 @section("ensemble.mean", "N10")
 def ensemble_mean(device: torch.device) -> None:
-    """An ensemble averages its members' probabilities, not their logits."""
+    """EnsembleModel averages its members' probabilities, not their logits."""
     x = torch.zeros(1, 3, device=device)
     members = [_constant_member([0.9, 0.1]), _constant_member([0.2, 0.8])]
     ensemble = models.EnsembleModel(members).to(device)
@@ -685,7 +687,7 @@ def _constant_member(probabilities: list[float]) -> nn.Module:
 
 @section("ensemble.better", "N10")
 def ensemble_better() -> None:
-    """Members that were trained on other samples err differently; their mean is better on data that none has seen."""
+    """Members that were trained on other samples err differently; their mean does better on data that none has seen."""
     torch.set_num_threads(1)  # tensors this small gain nothing from threads, and wait long for them on a busy machine
     x, y = _rings(200)
     members = [_train_member(x, y) for _ in range(15)]
@@ -699,6 +701,9 @@ def ensemble_better() -> None:
     accuracy = (together.argmax(1) == held_y).float().mean().item()
     print(f"    held-out loss: ensemble {loss:.3f}, members {min(losses):.3f} to {max(losses):.3f}")
     print(f"    accuracy: ensemble {accuracy:.1%}, members {min(accuracies):.1%} to {max(accuracies):.1%}")
+    # -log is convex, so by Jensen's inequality the mean probability loses no more than the members do on average.
+    show("its loss is at most the mean loss: always", loss <= sum(losses) / len(losses), True)
+    # These two are no law, but held for each of 33 seeds: such members err in different places.
     show("its loss is below that of every member", loss < min(losses), True)
     show("its accuracy is above the members' mean", accuracy > sum(accuracies) / len(accuracies), True)
 
@@ -743,8 +748,8 @@ def parallel_data_parallel() -> None:
 def parallel_why_ddp(device: torch.device) -> None:
     """DistributedDataParallel replaced it: a process per GPU, copies that stay, and gradients that are averaged."""
     print("    DataParallel copies the model to every GPU in every forward pass and gathers the outputs on the first;")
-    print("    its threads share one interpreter, and one machine. DDP copies once and exchanges gradients only,")
-    print("    while backward still runs; see scripts/train_ddp.py.")
+    print("    its threads share one interpreter, and one machine. DDP copies once, and exchanges gradients while")
+    print("    backward still runs (and buffers, such as BatchNorm's averages); see scripts/train_ddp.py.")
     model = models.SimpleNet(4, (3,), 2).to(device)
     x, y = torch.randn(6, 4, device=device), torch.tensor([0, 1, 0, 1, 1, 0], device=device)
     whole = _gradient(model, x, y)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "torchbasics" / "__init__.py").is_file():  # in a checkout its own package comes first, installed or not
     sys.path.insert(0, str(ROOT))
 
@@ -27,7 +27,7 @@ section = Sections(__doc__)
 
 @section("create.lists", "T1")
 def create_from_lists() -> None:
-    """A number makes a 0-D tensor, a list 1-D, a list of lists 2-D, a NumPy array whatever it is."""
+    """A number makes a 0-D tensor, a list 1-D, a list of lists 2-D; a NumPy array keeps its shape."""
     scalar, vector, matrix = torch.tensor(7), torch.tensor([1, 2, 3]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     show("torch.tensor(7)", scalar, 7)
     show("its dimensions, and as a Python number", (scalar.dim(), scalar.item()), (0, 7))
@@ -52,18 +52,21 @@ def create_sharing() -> None:
     back = shared.numpy()
     back[2] = 0.0
     show("shared after shared.numpy()[2] = 0", shared, [100, -5, 0])
-    # NumPy's default is float64, torch's float32: a network refuses the former until it is converted.
+    # NumPy's default is float64, torch's float32: a float32 network refuses the former until it is converted.
     show("dtype from NumPy", shared.dtype, torch.float64)
     show("dtype after .float()", shared.float().dtype, torch.float32)
 
 
 @section("create.tensor_or_Tensor", "T1")
 def create_tensor_or_tensor() -> None:
-    """torch.tensor takes data; torch.Tensor is a class that takes sizes, always float32, and is best avoided."""
-    show("torch.tensor(3)", torch.tensor(3), 3)
+    """torch.tensor takes data and infers the dtype; torch.Tensor takes sizes or data, and has the default dtype."""
+    show("torch.tensor(3): the number 3", torch.tensor(3), 3)
     show("torch.Tensor(3).shape: 3 arbitrary values", torch.Tensor(3).shape, (3,))
-    show("torch.tensor([3]).dtype", torch.tensor([3]).dtype, torch.int64)
-    show("torch.Tensor([3]).dtype", torch.Tensor([3]).dtype, torch.float32)
+    show("torch.tensor([3]), its dtype", (torch.tensor([3]), torch.tensor([3]).dtype), ([3], torch.int64))
+    show("torch.Tensor([3]), its dtype", (torch.Tensor([3]), torch.Tensor([3]).dtype), ([3], torch.float32))
+    torch.set_default_dtype(torch.float64)
+    show("torch.Tensor([3]) with the default float64", torch.Tensor([3]).dtype, torch.float64)
+    show("torch.tensor([3]) infers int64 all the same", torch.tensor([3]).dtype, torch.int64)
 
 
 @section("create.filled", "T2")
@@ -117,7 +120,7 @@ def create_seed(device: torch.device) -> None:
 
 @section("dtype.kinds", "T3")
 def dtype_kinds() -> None:
-    """Integers become int64, floats float32, unless a dtype is given; dtypes differ in size and range."""
+    """Integers become int64, floats float32 and booleans bool if no dtype is given; dtypes differ in size and range."""
     show("torch.tensor([1, 2]).dtype", torch.tensor([1, 2]).dtype, torch.int64)
     show("torch.tensor([1., 2.]).dtype", torch.tensor([1.0, 2.0]).dtype, torch.float32)
     show("torch.tensor([True]).dtype", torch.tensor([True]).dtype, torch.bool)
@@ -137,21 +140,24 @@ def dtype_convert() -> None:
     show("x.type(torch.int64)", x.type(torch.int64), [1, -1])
     show("x.type() without argument names the type", x.type(), "torch.FloatTensor")
     show("x.to(torch.float32) is x: nothing to do", x.to(torch.float32) is x, True)
-    # `.to` also moves to a device, alone or together with the dtype; `.type` is for dtypes only.
+    # `.to` also moves to a device, alone or together with the dtype, which makes it the one to use.
     show('x.to("cpu", torch.float64).dtype', x.to("cpu", torch.float64).dtype, torch.float64)
 
 
 @section("dtype.promotion", "T3")
 def dtype_promotion() -> None:
-    """Mixed types are promoted: int + float gives float, and a Python number never widens a tensor."""
+    """The higher kind wins (bool, integer, float, complex); within one kind a Python number does not widen a tensor."""
     whole, real = torch.tensor([1, 2]), torch.tensor([0.5, 0.5])
     show("int64 + float32", whole + real, [1.5, 2.5])
     show("its dtype", (whole + real).dtype, torch.float32)
-    show("float32 + float64", torch.result_type(real, real.double()), torch.float64)
+    show("(float32 + float64).dtype: the wider", (real + real.double()).dtype, torch.float64)
+    # A Python float gives an integer tensor the default dtype; a number of the same or a lower kind changes nothing.
+    show("(int64 + 0.5).dtype: a higher kind", (whole + 0.5).dtype, torch.float32)
+    show("(float32 + 2).dtype: a lower kind", (real + 2).dtype, torch.float32)
+    show("(float16 + 0.5).dtype: the same kind", (real.half() + 0.5).dtype, torch.float16)
     show("int64 / 2 is a true division", whole / 2, [0.5, 1.0])
     show("int64 // 2 rounds down", torch.tensor([-3, 3]) // 2, [-2, 1])
-    show("float16 tensor + Python float", (real.half() + 1.0).dtype, torch.float16)
-    show_error("in place there is no promotion", lambda: whole.add_(real), RuntimeError, "can't be cast")
+    show_error("in place the dtype cannot change", lambda: whole.add_(real), RuntimeError, "can't be cast")
 
 
 @section("attributes.basic", "T4")
@@ -171,7 +177,7 @@ def attributes_basic(device: torch.device) -> None:
 
 @section("attributes.stride", "T4")
 def attributes_stride() -> None:
-    """The stride is the step in memory to the next element along a dimension; transposing only swaps strides."""
+    """The stride is the step in memory to the next element along a dimension; transposing moves no value."""
     x = torch.arange(6).reshape(2, 3)
     show("x", x, [[0, 1, 2], [3, 4, 5]])
     show("x.stride(): next row 3 on, next column 1 on", x.stride(), (3, 1))
@@ -218,7 +224,7 @@ def math_dot(device: torch.device) -> None:
 
 @section("matrix.product", "T6")
 def matrix_product(device: torch.device) -> None:
-    """Row times column: mm for matrices only, matmul (or @) for all dimensions."""
+    """Row times column: mm is for matrices only, matmul (or @) also for vectors and batches."""
     a = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)
     b = torch.tensor([[5.0, 6.0], [7.0, 8.0]], device=device)
     by_hand = [[1 * 5 + 2 * 7, 1 * 6 + 2 * 8], [3 * 5 + 4 * 7, 3 * 6 + 4 * 8]]
@@ -290,20 +296,30 @@ def shape_squeeze(device: torch.device) -> None:
 
 @section("shape.storage", "T7")
 def shape_storage(device: torch.device) -> None:
-    """Views share storage with their base, so writing to one writes to the other; copies do not."""
+    """Views share storage, so writing to one changes the other; reshape, flatten and ravel copy only if they must."""
     x = torch.zeros(2, 3, device=device)
     views = {
         "view": x.view(6),
         "reshape": x.reshape(3, 2),
         "t": x.t(),
+        "transpose": x.transpose(0, 1),
         "permute": x.permute(1, 0),
         "unsqueeze": x.unsqueeze(0),
+        "squeeze": x[:1].squeeze(0),
         "slice": x[:, 1:],
         "expand": x[:1].expand(2, 3),
         "flatten": x.flatten(),
+        "ravel": x.ravel(),
     }
     show("these share", [name for name, y in views.items() if _shares(x, y)], list(views))
-    copies = {"t().reshape": x.t().reshape(6), "t().flatten": x.t().flatten(), "clone": x.clone(), "mask": x[x == 0]}
+    copies = {
+        "t().reshape": x.t().reshape(6),
+        "t().flatten": x.t().flatten(),
+        "t().ravel": x.t().ravel(),
+        "clone": x.clone(),
+        "mask": x[x == 0],
+        "list": x[[0, 1]],
+    }
     show("these copy", [name for name, y in copies.items() if not _shares(x, y)], list(copies))
     x.view(6)[5] = 1
     show("x after x.view(6)[5] = 1", x, [[0, 0, 0], [0, 0, 1]])
@@ -315,7 +331,7 @@ def _shares(a: Tensor, b: Tensor) -> bool:
 
 @section("index.slices", "T8")
 def index_slices(device: torch.device) -> None:
-    """Rows, columns, ranges and negative positions, as in Python and NumPy."""
+    """Rows, columns, ranges and negative positions are as in NumPy, but there are no negative steps."""
     x = torch.arange(12, device=device).reshape(3, 4)
     show("x", x, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
     show("x[1]: a row", x[1], [4, 5, 6, 7])
@@ -325,6 +341,8 @@ def index_slices(device: torch.device) -> None:
     show("x[:, ::2]: every second column", x[:, ::2], [[0, 2], [4, 6], [8, 10]])
     show("x[..., 0]", x[..., 0], [0, 4, 8])
     show_error("x[3] of three rows", lambda: x[3], IndexError, "out of bounds")
+    show_error("x[::-1]", lambda: x[::-1], ValueError, "step must be greater than zero")
+    show("x.flip(0)[0]: the last row comes first", x.flip(0)[0], [8, 9, 10, 11])
 
 
 @section("index.masks", "T8")
@@ -344,7 +362,7 @@ def index_masks(device: torch.device) -> None:
 
 @section("index.gather", "T8")
 def index_gather(device: torch.device) -> None:
-    """gather picks another position in each row; index_select picks the same positions in all rows."""
+    """gather picks in each row a position of its own; index_select picks the same positions in all rows."""
     scores = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2]], device=device)
     targets = torch.tensor([1, 0], device=device)
     show("gather: each row's own target", scores.gather(1, targets.unsqueeze(1)), [[0.7], [0.5]])
@@ -410,7 +428,7 @@ def reduce_extremes(device: torch.device) -> None:
 
 @section("reduce.norm", "T10")
 def reduce_norm(device: torch.device) -> None:
-    """Lengths: torch.linalg.norm is the current function; torch.norm still works but is no longer developed."""
+    """Lengths: use torch.linalg.norm; the old torch.norm is deprecated and may be removed."""
     x = torch.tensor([[3.0, 4.0], [6.0, 8.0]], device=device)
     show("linalg.norm of the first row", torch.linalg.norm(x[0]), 5)
     show("linalg.vector_norm along rows", torch.linalg.vector_norm(x, dim=1), [5, 10])
@@ -418,8 +436,6 @@ def reduce_norm(device: torch.device) -> None:
     show("linalg.norm of a matrix: root of the squares", torch.linalg.norm(x), math.sqrt(9 + 16 + 36 + 64))
     show("the old torch.norm(x)", torch.norm(x), math.sqrt(125))
     # They part ways at ord=2: linalg means the matrix norm (largest singular value), the old one the vector norm.
-    matrix = x.cpu()
-    show("linalg.norm(x, 2): the rank is 1 here", torch.linalg.norm(matrix, 2), math.sqrt(125))
     show("linalg.norm(eye(2), 2)", torch.linalg.norm(torch.eye(2), 2), 1)
     show("torch.norm(eye(2), 2)", torch.norm(torch.eye(2), 2), math.sqrt(2))
 
@@ -467,7 +483,7 @@ def copy_clone_detach_data() -> None:
 @section("device.move", "T13")
 def device_move(device: torch.device) -> None:
     """Choose a device, move a tensor there or create it there, and bring results back."""
-    available = torch.accelerator.is_available()  # one of cuda, mps, xpu
+    available = torch.accelerator.is_available()  # cuda, mps, xpu or another
     accelerator = torch.accelerator.current_accelerator() if available else None
     by_hand = (
         "cuda"  # also AMD's
@@ -499,12 +515,12 @@ def device_speed(device: torch.device) -> None:
     for where in [cpu] if device.type == "cpu" else [cpu, device]:
         seconds, product = _time_product(n, where)
         print(f"    {n} x {n} product on {where.type}: {seconds * 1e3:.1f} ms, {2 * n**3 / seconds / 1e9:,.0f} GFLOP/s")
-        # Row i of the left matrix holds i, the right matrix holds ones: row i of the product holds n * i.
+        # Row 3 of the left matrix holds 3, the right matrix holds ones: row 3 of the product holds n * 3.
         show("row 3 holds 3 * n", [product[3, 0], product[3, -1]], [3 * n, 3 * n])
 
 
 def _time_product(n: int, device: torch.device) -> tuple[float, Tensor]:
-    """Return seconds of the faster of two products (n, n), and the product, whose row i holds n * i."""
+    """Return seconds of the faster of two products (n, n), and the product, whose row i holds n * (i % 100)."""
     left = (torch.arange(n, device=device, dtype=torch.float32) % 100).unsqueeze(1).expand(n, n).contiguous()
     right = torch.ones(n, n, device=device)
     seconds = []

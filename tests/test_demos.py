@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parent.parent
 CPU = ("--device", "cpu")
 
 
