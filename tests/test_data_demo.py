@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -21,7 +22,9 @@ from unittest import mock
 import torch
 from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).resolve().parents[1]
+from torchbasics import data
+
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = str(ROOT / "scripts")
 IDS = {f"D{number}" for number in range(1, 9)}
 
@@ -80,14 +83,27 @@ class WholeDemo(DemoTest):
         self.assertEqual([path.name for path in self.folder.iterdir()], ["new"])
         self.assertIn(str(output / "transforms.png"), out)
         for name in ("MNIST", "FashionMNIST", "KMNIST", "cifar-10-batches-py"):
-            self.assertRegex(out, rf"skipped: \S*\b{name}\b")
+            self.assertRegex(out, rf"skipped: \S*\b{name}\b.* is not there; get it: python -c .*download=True")
+        count = len(demo.section.sections)
+        self.assertIn(f"{count - 4} of {count} sections passed, 4 skipped", out)
+        self.assertTrue(out.endswith(f"\nimages are in {output}\n"), out[-300:])
         self.assertEqual(multiprocessing.active_children(), [])
 
-    def test_default_leaves_nothing_behind(self) -> None:
+    def test_images_stay_in_a_temporary_folder_that_is_named(self) -> None:
         code, out, _ = self.run_demo("--section", "images.folder", "--section", "transforms.grid")
         self.assertEqual(code, 0, out)
-        self.assertIn(f"images are in {self.folder}", out)
-        self.assertEqual(list(self.folder.iterdir()), [])
+        [folder] = self.folder.iterdir()
+        self.assertTrue(out.endswith(f"\nimages are in {folder}\n"), out[-300:])
+        self.assertIn(f"written: {folder / 'transforms.png'}", out)
+        self.assertTrue((folder / "transforms.png").is_file() and (folder / "photos" / "circle" / "0.png").is_file())
+        _, out, _ = self.run_demo("--json", "--section", "images.folder")
+        [other] = set(self.folder.iterdir()) - {folder}
+        self.assertEqual(json.loads(out)["notes"], [f"images are in {other}"])
+
+    def test_without_images_no_folder_is_made(self) -> None:
+        for arguments in (["--list"], ["--section", "split.random"], ["--help"], ["--no-such-option"]):
+            self.run_demo(*arguments)
+            self.assertEqual(list(self.folder.iterdir()), [], arguments)
 
 
 class Options(DemoTest):
@@ -115,11 +131,13 @@ class Options(DemoTest):
             (["--output", str(file / "below")], "is not a folder"),
             (["--outptu", "x"], "--outptu"),
             (["--output"], "--output"),
+            (["--outp", "x"], "--outp"),
+            (["--data", "x"], "--data"),
         ):
             with self.subTest(arguments):
                 code, out, err = self.run_demo(*arguments)
                 self.assertEqual((code, out), (2, ""))
-                self.assertIn(said, err)
+                self.assertRegex(err, rf"\Aerror: .*{re.escape(said)}.*\n\Z")
 
     def test_help_tells_of_its_own_options(self) -> None:
         code, out, _ = self.run_demo("--help")
@@ -138,7 +156,7 @@ class WrongValues(DemoTest):
 
     def test_padding(self) -> None:
         def at_the_front(samples: list, padding_value: float = 0.0) -> tuple:
-            padded, lengths, targets = demo.pad_by_hand(samples)
+            padded, lengths, targets = data.pad_collate(samples)
             rows = [row.roll(len(row) - int(length)) for row, length in zip(padded, lengths, strict=True)]
             return torch.stack(rows), lengths, targets
 
@@ -161,6 +179,20 @@ class WrongValues(DemoTest):
     def test_constants(self) -> None:
         with mock.patch.object(demo, "channel_statistics", lambda images: ((0.25,), (0.5,))):
             self.assert_fails("builtin.constants", "standard deviation")
+
+    def test_an_error_that_is_not_the_truncated_image(self) -> None:
+        """Other words than PIL's own, or the file's name in them: either would make the lesson wrong."""
+        from torchvision import datasets
+
+        for said, missed in (("cannot identify", "truncated"), ("1.png is truncated", "does the message name")):
+            with mock.patch.object(datasets.ImageFolder, "__getitem__", side_effect=OSError(said)):
+                self.assert_fails("images.bad", missed)
+
+    def test_flips_that_do_not_mirror(self) -> None:
+        from torchvision.transforms import v2
+
+        with mock.patch.object(v2, "RandomHorizontalFlip", v2.RandomVerticalFlip):
+            self.assert_fails("transforms.flip", "left to right")
 
     def test_tensor_loader(self) -> None:
         real = demo.tensor_loader
@@ -187,7 +219,7 @@ class DatasetsOnDisk(DemoTest):
     def test_format_of_mnist(self) -> None:
         self.write_idx("KMNIST")
         code, [result] = self.run_sections("builtin.kmnist", data_dir=str(self.folder))
-        self.assertEqual((code, result["error"]), (0, None))
+        self.assertEqual((code, result["error"], result["skipped"]), (0, None, None))
         values = {value["label"]: value["value"] for value in result["values"]}
         self.assertAlmostEqual(values["mean, and from the sum of x"][0], 0.5)
         # uniform on 0..255: variance (256^2 - 1) / 12
@@ -208,9 +240,14 @@ class DatasetsOnDisk(DemoTest):
         self.assertEqual(code, 1)
         self.assertIn(str(images), result["error"])
         images.unlink()
-        code, out, _ = self.run_demo("--section", "builtin.kmnist", "--data-dir", str(self.folder))
-        self.assertEqual(code, 0)
-        self.assertIn(f"skipped: {images}", out)
+        code, [result] = self.run_sections("builtin.kmnist", data_dir=str(self.folder))
+        self.assertEqual((code, result["values"]), (0, []))
+        self.assertIn(f"{images} is not there", result["skipped"])
+        command = re.search(r"get it: python -c \"(.*)\"", result["skipped"])
+        assert command is not None
+        with mock.patch("torchvision.datasets.KMNIST") as kmnist:  # the command, without its network
+            exec(command[1], {})
+        kmnist.assert_called_once_with(str(self.folder), download=True)
 
     def test_cifar(self) -> None:
         """torchvision's own class over plain pictures; its check sums hold for no other files, so none are read."""
@@ -233,7 +270,29 @@ class DatasetsOnDisk(DemoTest):
         self.assertEqual(len(result["values"]), 7)
 
 
+class Lessons(DemoTest):
+    def test_why_digits_and_letters_must_not_be_flipped(self) -> None:
+        _, [result] = self.run_sections("transforms.flip")
+        values = {value["label"]: value["value"] for value in result["values"]}
+        self.assertIs(values["a mirrored 2 of seven segments is a 5"], True)
+        self.assertIs(values["a mirrored b is a d, upside down a p"], True)
+        doc = demo.section.sections["transforms.flip"].summary
+        self.assertRegex(doc, "label.* digits and letters")
+
+    def test_the_truncated_image(self) -> None:
+        _, [result] = self.run_sections("images.bad")
+        values = {value["label"]: value["value"] for value in result["values"]}
+        self.assertRegex(values["ImageFolder: which file?"], "OSError: .*truncated")
+        self.assertIs(values["does the message name 1.png?"], False)
+
+
 class OtherPlaces(DemoTest):
+    def test_copied_into_a_folder_without_a_parent(self) -> None:
+        source = (ROOT / "scripts" / "data_demo.py").read_text(encoding="utf-8")
+        names = {"__name__": "copied", "__file__": str(Path("/data_demo.py").resolve())}
+        exec(compile(source, names["__file__"], "exec"), names)
+        self.assertIn("main", names)
+
     def test_copied_beside_the_package_with_spawned_workers(self) -> None:
         copy = self.folder / "copy"
         ignore = shutil.ignore_patterns("__pycache__")

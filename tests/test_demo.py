@@ -6,13 +6,19 @@ import contextlib
 import io
 import json
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
+import tempfile
 import unittest
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from torchbasics.demo import Mismatch, Sections, show, show_error
+from torchbasics.demo import Mismatch, Parser, Sections, show, show_error, skip
 
 
 def run(section: Sections, *argv: str) -> tuple[int, str, str]:
@@ -89,6 +95,8 @@ class Show(unittest.TestCase):
         self.rejects(torch.tensor(1.0, dtype=torch.float64), 1 + 5e-6)
         self.rejects(torch.tensor(1.0), 1.001)
         self.accepts(torch.tensor(1.0).bfloat16(), 1.01)
+        self.accepts(torch.tensor(1 + 2j), 1 + 5e-6 + 2j)
+        self.rejects(torch.tensor(1 + 2j, dtype=torch.complex128), 1 + 5e-6 + 2j)
         self.accepts(torch.tensor(1.0), 1.001, atol=0.01)
         self.accepts(torch.tensor(1000.0), 1010, rtol=0.02)
         self.rejects(torch.tensor(1e-6), 2e-6, atol=0)
@@ -149,6 +157,53 @@ class Run(unittest.TestCase):
         self.assertEqual(code, 1)
         self.assertIn("Traceback", err)
 
+    def test_a_section_that_shows_nothing_fails(self) -> None:
+        section = lessons()
+        section("nothing.shown")(lambda: None)
+        code, out, _ = run(section, "--device", "cpu", "--section", "add.right", "--section", "nothing.shown")
+        self.assertEqual(code, 1)
+        self.assertRegex(out, r"FAILED .*show\(\).*skip\(\)")
+        self.assertIn("1 of 2 sections passed, 1 values checked\nfailed: nothing.shown\n", out)
+
+    def test_a_skip_is_said_counted_and_no_failure(self) -> None:
+        section = lessons()
+
+        @section("skip.first")
+        def first() -> None:
+            skip("no file data/x; get it")
+            raise AssertionError("skip() leaves the section")
+
+        @section("skip.later")
+        def later() -> None:
+            show("1", 1, 1)
+            skip("no extra: pip install extra")
+
+        argv = [part for name in ("add.right", "skip.first", "skip.later") for part in ("--section", name)]
+        code, out, _ = run(section, "--device", "cpu", *argv)
+        self.assertEqual(code, 0)
+        self.assertIn("    skipped: no file data/x; get it\n", out)
+        self.assertIn("1 of 3 sections passed, 2 skipped, 2 values checked\nskipped: skip.first, skip.later\n", out)
+        self.assertNotIn("failed", out.lower())
+        code, out, _ = run(section, "--device", "cpu", "--json", *argv)
+        result = json.loads(out)
+        self.assertEqual((code, result["passed"]), (0, True))
+        reasons = ["no file data/x; get it", "no extra: pip install extra"]
+        self.assertEqual([s["skipped"] for s in result["sections"]], [None, *reasons])
+        self.assertEqual([s["error"] for s in result["sections"]], [None] * 3)
+        self.assertEqual([len(s["values"]) for s in result["sections"]], [1, 0, 1])
+
+    def test_notes_end_the_summary_and_are_those_of_one_run(self) -> None:
+        section = Sections()
+
+        @section("note.taken")
+        def taken() -> None:
+            show("1", 1, 1)
+            section.notes.append("images are in x")
+
+        for _ in range(2):
+            self.assertRegex(run(section, "--device", "cpu")[1], r"checked\nimages are in x\n\Z")
+        self.assertEqual(json.loads(run(section, "--device", "cpu", "--json")[1])["notes"], ["images are in x"])
+
     def test_choice_of_sections(self) -> None:
         argv = ["--device", "cpu", "--section", "divide.right", "--section", "add.right"]
         code, out, _ = run(lessons(), *argv)
@@ -163,6 +218,22 @@ class Run(unittest.TestCase):
         self.assertRegex(err, r"^error: --section: .*'add\.rigth'; did you mean add\.right or .*\?\n$")
         self.assertIn("see --list", run(lessons(), "--section", "~~~")[2])
 
+    def test_options_are_not_abbreviated_and_errors_take_one_line(self) -> None:
+        own = Parser(add_help=False, allow_abbrev=False)
+        own.add_argument("--size", type=int)
+        for argv, said in (
+            (["--sec", "add.right"], "--sec"),
+            (["--lis"], "--lis"),
+            (["--siz", "1"], "--siz"),
+            (["--size", "x"], "--size"),
+            (["--seed"], "--seed"),
+        ):
+            with self.subTest(argv), contextlib.redirect_stdout(io.StringIO()) as out:
+                with contextlib.redirect_stderr(io.StringIO()) as err, self.assertRaises(SystemExit) as stop:
+                    lessons().run(argv, parents=[own])
+                self.assertEqual((stop.exception.code, out.getvalue()), (2, ""))
+                self.assertRegex(err.getvalue(), rf"\Aerror: .*{said}.*\n\Z")
+
     def test_a_missing_device_is_answered_in_one_line(self) -> None:
         for name in ("meta", "nonsense", "cuda:99"):
             code, out, err = run(lessons(), "--device", name)
@@ -175,6 +246,16 @@ class Run(unittest.TestCase):
         rows = [line.split(maxsplit=1)[0] for line in out.splitlines()]
         self.assertEqual(rows, ["add.right", "add.wrong", "divide.zero", "divide.right"])
         self.assertRegex(out.splitlines()[1], r"^add\.wrong +X1 X2 +A wrong expectation\.$")
+
+    def test_list_honours_section_and_json(self) -> None:
+        code, out, err = run(lessons(), "--list", "--section", "add.rigth")
+        self.assertEqual((code, out), (2, ""))
+        self.assertIn("did you mean add.right", err)
+        code, out, _ = run(lessons(), "--list", "--section", "add.wrong")
+        self.assertEqual((code, len(out.splitlines()), out[:9]), (0, 1, "add.wrong"))
+        code, out, _ = run(lessons(), "--list", "--json", "--section", "add.wrong")
+        listed = {"name": "add.wrong", "covers": ["X1", "X2"], "summary": "A wrong expectation."}
+        self.assertEqual((code, json.loads(out)), (0, {"sections": [listed]}))
 
     def test_json(self) -> None:
         section = lessons()
@@ -215,10 +296,12 @@ class Run(unittest.TestCase):
         @section("device.asked")
         def asked(device: torch.device) -> None:
             devices.append(device)
+            show("device", device.type, "cpu")
 
         @section("device.not_asked")
         def not_asked() -> None:
             devices.append(None)
+            show("1", 1, 1)
 
         self.assertEqual(run(section, "--device", "cpu")[0], 0)
         self.assertEqual(devices, [torch.device("cpu"), None])
@@ -230,6 +313,7 @@ class Isolation(unittest.TestCase):
 
         def draw() -> None:
             draws.append((torch.rand(1).item(), random.random()))
+            show("draws", len(draws) > 0, True)
 
         section("draw.first")(draw)
         section("draw.second")(draw)
@@ -267,6 +351,7 @@ class Isolation(unittest.TestCase):
         @section("state.look")
         def look() -> None:
             seen.append(state())
+            show("1", 1, 1)
 
         before, rng, python_rng = state(), torch.get_rng_state(), random.getstate()
         code, out, _ = run(section, "--device", "cpu")
@@ -289,6 +374,62 @@ class Isolation(unittest.TestCase):
         with torch.no_grad():
             self.assertEqual(run(section, "--device", "cpu")[0], 0)
             self.assertFalse(torch.is_grad_enabled())
+
+
+LONG = """
+import signal, sys, time
+from torchbasics.demo import Sections, show
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+section = Sections()
+
+@section("print.much")
+def much():
+    show("1", 1, 1)
+    print("x" * 100_000, flush=True)
+    time.sleep({seconds})
+    print("x" * 100_000, flush=True)
+
+@section("print.after")
+def after():
+    print("after", file=sys.stderr)
+    show("1", 1, 1)
+
+sys.exit(section.run())
+"""
+
+
+@unittest.skipUnless(os.name == "posix", "closes a pipe, sends a signal")
+class Stopped(unittest.TestCase):
+    def start(self, seconds: int, *argv: str) -> subprocess.Popen:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        script = Path(folder.name) / "long.py"
+        script.write_text(LONG.format(seconds=seconds), encoding="utf-8")
+        root = str(Path(__file__).resolve().parent.parent)
+        environment = {**os.environ, "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": ""}
+        command = [sys.executable, str(script), "--device", "cpu", *argv]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_ctrl_c_is_quiet(self) -> None:
+        process = self.start(60)
+        assert process.stdout is not None
+        process.stdout.read(1000)  # it is in the section
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, err), (130, b""))
+
+    def test_a_reader_that_leaves_is_no_failure_of_a_section(self) -> None:
+        for argv in (("--debug",), ("--help",)):
+            with self.subTest(argv):
+                process = self.start(0, *argv)
+                assert process.stdout is not None
+                process.stdout.close()
+                process.stdout = None
+                _, err = process.communicate(timeout=60)
+                self.assertEqual((process.returncode, err), (141, b""))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ class AnyPlace(unittest.TestCase):
             _, err = process.communicate(timeout=120)
         finally:
             process.kill()
-        self.assertEqual((process.returncode, err), (1, b""))
+        self.assertEqual((process.returncode, err), (141, b""))
 
     def test_copied_beside_a_copy_of_the_package(self) -> None:
         with tempfile.TemporaryDirectory() as folder:

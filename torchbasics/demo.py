@@ -14,7 +14,8 @@ A script makes one `Sections`, decorates its functions with it, and hands its ar
     def main(argv: list[str] | None = None) -> int:
         return section.run(argv)
 
-This file imports nothing but torch and can be copied away alone.
+A section that shows nothing fails; one that cannot run here calls `skip` and says why. This file imports nothing but
+torch and can be copied away alone.
 """
 
 from __future__ import annotations
@@ -34,21 +35,16 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
+from unittest import SkipTest
 
 import torch
 from torch import Tensor
 
-__all__ = ["Mismatch", "Section", "Sections", "show", "show_error"]
+__all__ = ["Mismatch", "Parser", "Section", "Sections", "show", "show_error", "skip"]
 
-# Relative and absolute tolerance, those of torch.testing.assert_close; Python floats count as float32.
-_TOLERANCES = {
-    torch.float16: (1e-3, 1e-5),
-    torch.bfloat16: (1.6e-2, 1e-5),
-    torch.float32: (1.3e-6, 1e-5),
-    torch.float64: (1e-7, 1e-7),
-    torch.complex64: (1.3e-6, 1e-5),
-    torch.complex128: (1e-7, 1e-7),
-}
+# Relative and absolute tolerances, those of torch.testing.assert_close; Python floats count as float32.
+_RTOL = {torch.float16: 1e-3, torch.bfloat16: 1.6e-2, torch.float32: 1.3e-6, torch.float64: 1e-7}
+_ATOL = {torch.float16: 1e-5, torch.bfloat16: 1e-5, torch.float32: 1e-5, torch.float64: 1e-7}
 _shown: list[dict[str, Any]] = []  # what the running section has shown
 
 
@@ -82,8 +78,13 @@ def show_error(label: str, call: Callable[[], Any], error: type[Exception], mess
     _record(label, textwrap.shorten(actual.strip().splitlines()[0], 150, placeholder=" ..."), expected)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors in one line."""
+def skip(reason: str) -> NoReturn:
+    """Leave the running section, which cannot run here; the reason says what is absent and how to get it."""
+    raise SkipTest(reason)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors in one line: for the options that a script hands to `Sections.run`."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
@@ -101,10 +102,6 @@ class Section:
     def summary(self) -> str:
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
-    def run(self, device: torch.device, seed: int) -> None:
-        with _isolated(device, seed):
-            self.function(*[device] if inspect.signature(self.function).parameters else [])
-
 
 @dataclass
 class Sections:
@@ -112,6 +109,7 @@ class Sections:
 
     description: str | None = None
     sections: dict[str, Section] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # lines that the summary of a run ends with
 
     def __call__(self, name: str, *covers: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -123,54 +121,53 @@ class Sections:
         return add
 
     def run(self, argv: list[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> int:
-        """Run the sections that the arguments name; return 0 if all passed, 1 if one failed, 2 for bad arguments.
+        """Run the sections that the arguments name and return the exit code.
 
-        `parents` are argparse's: parsers of options that the script itself looks at.
+        0: none failed; 1: one failed; 2: bad arguments; 130: Ctrl-C; 141: the reader of the output has gone. `parents`
+        are argparse's: parsers of options that the script itself looks at.
         """
-        args = self._parse_args(argv, parents)
         try:
-            code = self._run(args)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader of our output, such as `head`, has gone: say no more, to the last flush
+            try:
+                return self._run(self._parse_args(argv, parents))
+            finally:
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:  # such as `| head`: say no more, to the last flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        return code
+            return 141
 
     def _run(self, args: argparse.Namespace) -> int:
-        if args.list:
-            self._print_list()
-            return 0
         try:
             chosen, device = self._choose(args.section), _find_device(args.device)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        quiet = contextlib.redirect_stdout(io.StringIO()) if args.json else contextlib.nullcontext()
-        with quiet:
+        if args.list:
+            rows = [{"name": s.name, "covers": s.covers, "summary": s.summary} for s in chosen]
+            lines = [f"{s.name:<26}  {' '.join(s.covers):<8}  {s.summary}" for s in chosen]
+            print(json.dumps({"sections": rows}) if args.json else "\n".join(lines))
+            return 0
+        self.notes.clear()
+        with contextlib.redirect_stdout(io.StringIO()) if args.json else contextlib.nullcontext():
             results = [_run_one(section, device, args.seed, args.debug) for section in chosen]
-            _print_summary(results)
+        passed = all(r["passed"] for r in results)
         if args.json:
-            print(json.dumps({"passed": all(r["passed"] for r in results), "sections": results}))
-        return 0 if all(r["passed"] for r in results) else 1
+            print(json.dumps({"passed": passed, "sections": results, "notes": self.notes}))
+        else:
+            _print_summary(results, self.notes)
+        return 0 if passed else 1
 
     def _parse_args(self, argv: list[str] | None, parents: Sequence[argparse.ArgumentParser]) -> argparse.Namespace:
-        parser = _Parser(
-            description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter, parents=list(parents)
-        )
-        parser.add_argument("--list", action="store_true", help="list the sections with their coverage IDs, and stop")
-        parser.add_argument(
-            "--section", action="append", metavar="NAME", help="run this section only; repeatable (default: all)"
-        )
+        parser = Parser(description=self.description, parents=list(parents), allow_abbrev=False)
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.add_argument("--list", action="store_true", help="list sections and their IDs (default: run them)")
+        parser.add_argument("--section", action="append", metavar="NAME", help="only this; repeatable (default: all)")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
         parser.add_argument("--seed", type=int, default=0, help="random seed of every section (default: 0)")
         parser.add_argument("--json", action="store_true", help="print the results as JSON (default: as text)")
         parser.add_argument("--debug", action="store_true", help="print tracebacks of failures (default: one line)")
         return parser.parse_args(argv)
-
-    def _print_list(self) -> None:
-        width = max((len(name) for name in self.sections), default=0)
-        for name, section in self.sections.items():
-            print(f"{name:<{width}}  {' '.join(section.covers):<8}  {section.summary}")
 
     def _choose(self, names: list[str] | None) -> list[Section]:
         for name in names or []:
@@ -185,31 +182,38 @@ def _run_one(section: Section, device: torch.device, seed: int, debug: bool) -> 
     """Run one section and return its result; whatever it raises fails this section only."""
     print(f"{section.name}  {' '.join(section.covers)}\n  {section.summary}")
     _shown.clear()
-    failure = None
+    failure = skipped = None
     try:
-        section.run(device, seed)
+        with _isolated(device, seed):
+            section.function(*[device] if inspect.signature(section.function).parameters else [])
+        if not _shown:
+            raise Mismatch("expected a value from show(), or skip(); got neither")
+    except SkipTest as reason:
+        skipped = str(reason)
+        print(f"    skipped: {skipped}")
+    except BrokenPipeError:  # of our own output
+        raise
     except Exception as error:
         if debug:
             traceback.print_exc()
-        kind = "" if isinstance(error, Mismatch) else f"{type(error).__name__}: "
-        failure = kind + " ".join(str(error).split())
+        failure = " ".join(f"{type(error).__name__}: {error}".split()).removeprefix("Mismatch: ")
         print(f"    FAILED {failure}")
     print()
-    return {
-        "name": section.name,
-        "covers": list(section.covers),
-        "passed": failure is None,
-        "error": failure,
-        "values": list(_shown),
-    }
+    outcome = {"passed": failure is None, "error": failure, "skipped": skipped, "values": list(_shown)}
+    return {"name": section.name, "covers": section.covers, **outcome}
 
 
-def _print_summary(results: list[dict[str, Any]]) -> None:
-    failed = [r["name"] for r in results if not r["passed"]]
-    values = sum(len(r["values"]) for r in results)
-    print(f"{len(results) - len(failed)} of {len(results)} sections passed, {values} values checked")
-    if failed:
-        print(f"failed: {', '.join(failed)}")
+def _print_summary(results: list[dict[str, Any]], notes: list[str]) -> None:
+    failed = [r["name"] for r in results if r["error"] is not None]
+    skipped = [r["name"] for r in results if r["skipped"] is not None]
+    passed, values = len(results) - len(failed) - len(skipped), sum(len(r["values"]) for r in results)
+    count = f"{len(skipped)} skipped, " if skipped else ""
+    print(f"{passed} of {len(results)} sections passed, {count}{values} values checked")
+    for kind, names in (("skipped", skipped), ("failed", failed)):
+        if names:
+            print(f"{kind}: {', '.join(names)}")
+    for line in notes:
+        print(line)
 
 
 @contextlib.contextmanager
@@ -218,9 +222,8 @@ def _isolated(device: torch.device, seed: int) -> Iterator[None]:
     dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
     threads, python_state = torch.get_num_threads(), random.getstate()
     devices = [] if device.type == "cpu" else [device.index or 0]
-    device_type = "cuda" if device.type == "cpu" else device.type
     anomaly = torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled())
-    with torch.random.fork_rng(devices, device_type=device_type), torch.set_grad_enabled(True), anomaly:
+    with torch.random.fork_rng(devices, device_type=device.type), torch.set_grad_enabled(True), anomaly:
         torch.manual_seed(seed)
         random.seed(seed)
         try:
@@ -239,36 +242,31 @@ def _find_device(name: str) -> torch.device:
     if name == "auto":
         return accelerator or torch.device("cpu")
     here = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
-    try:
+    with contextlib.suppress(RuntimeError, AssertionError):
         device = torch.device(name)
-        if device.type not in here.split():
-            raise RuntimeError
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device: {name!r} is not available here; use auto or one of: {here}") from None
-    return device
+        if device.type in here.split():
+            return device
+    raise ValueError(f"--device: {name!r} is not available here; use auto or one of: {here}")
 
 
 def _agree(value: Any, expected: Any, rtol: float | None, atol: float | None) -> bool:
-    if isinstance(value, Tensor) or isinstance(expected, Tensor):
-        return _tensors_agree(value, expected, rtol, atol)
+    if isinstance(value, Tensor | float) or isinstance(expected, Tensor):
+        return _numbers_agree(value, expected, rtol, atol)
     if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
         pairs = zip(value, expected, strict=False)
-        return len(value) == len(expected) and all(_agree(v, e, rtol, atol) for v, e in pairs)
-    if isinstance(value, float) and isinstance(expected, float | int):
-        return _tensors_agree(value, expected, rtol, atol)
+        return len(value) == len(expected) and all(_agree(*pair, rtol, atol) for pair in pairs)
     return type(value == expected) is bool and value == expected
 
 
-def _tensors_agree(value: Any, expected: Any, rtol: float | None, atol: float | None) -> bool:
+def _numbers_agree(value: Any, expected: Any, rtol: float | None, atol: float | None) -> bool:
     try:
         v, e = _double(value), _double(expected)
     except (TypeError, ValueError, RuntimeError):  # not numbers: a string, None, a ragged list
         return False
-    default_rtol, default_atol = _TOLERANCES.get(getattr(value, "dtype", torch.float32), (0.0, 0.0))
-    rtol, atol = default_rtol if rtol is None else rtol, default_atol if atol is None else atol
-    same_kind = v.shape == e.shape and v.dtype == e.dtype
-    return same_kind and torch.allclose(v, e, rtol=rtol, atol=atol, equal_nan=True)
+    dtype = value.dtype.to_real() if isinstance(value, Tensor) else torch.float32
+    rtol, atol = _RTOL.get(dtype, 0.0) if rtol is None else rtol, _ATOL.get(dtype, 0.0) if atol is None else atol
+    return v.shape == e.shape and v.dtype == e.dtype and torch.allclose(v, e, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def _double(value: Any) -> Tensor:
@@ -283,15 +281,13 @@ def _record(label: str, value: Any, expected: Any) -> None:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return str(value.detach())
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, tuple):
         return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
-    return str(value)
+    return str(value.detach() if isinstance(value, Tensor) else value)
 
 
 def _plain(value: Any) -> Any:
@@ -300,6 +296,5 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    as_it_is = isinstance(value, int | str | None) or (isinstance(value, float) and math.isfinite(value))
+    return value if as_it_is else str(value)
