@@ -14,8 +14,13 @@ PACKAGE = ROOT / "torchbasics"
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 MAY_IMPORT = {
-    "trainer": {"checkpoint", "distributed", "device", "monitors", "evaluation", "position", "interrupts"},
-    "evaluation": {"device"},
+    "trainer": {"checkpoint", "distributed", "device", "monitors", "evaluation", "position", "interrupts", "parallel"},
+    "evaluation": {"device", "distributed"},
+    "parallel": {"checkpoint"},
+    # what the training scripts share stands on all of the rest
+    "loaders": {"data", "mnist"},
+    "options": {"checkpoint", "loaders", "models", "optim", "trainer"},
+    "report": {"checkpoint", "device", "distributed", "loaders", "models", "trainer"},
     "position": {"device"},
     "data": {"digits", "distributed", "mnist"},
 }

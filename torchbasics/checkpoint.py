@@ -367,10 +367,14 @@ class CheckpointFolder:
         found = ((self.NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
         return sorted((int(match[1]), path) for match, path in found if match)
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is or will be."""
+        return self.folder / f"step-{step:08d}.pt"
+
     def save(self, checkpoint: Mapping[str, Any]) -> Path:
         """Saves under the checkpoint's step, then removes the oldest beyond `keep`. Returns the path."""
         _make_folder(self.folder)
-        path = self.folder / f"step-{checkpoint['step']:08d}.pt"
+        path = self.path(checkpoint["step"])
         save_checkpoint(checkpoint, path)
         self._prune(checkpoint["step"])
         return path

@@ -84,14 +84,18 @@ def set_seed(seed: int = 42, deterministic: bool = False) -> None:
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
-    random.seed(seed)
-    torch.manual_seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
+    _seed_all(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; see its reproducibility notes
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(deterministic)
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
 
 
 def random_state(device: torch.device) -> dict:
@@ -114,6 +118,20 @@ def set_random_state(state: dict, device: torch.device) -> None:
         getattr(torch, device.type).set_rng_state(state[device.type].cpu(), *_which(device))
     if "numpy" in state and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+def branched_random_state(state: dict, branch: int, device: torch.device) -> dict:
+    """A random state that follows from `state` and `branch`, unlike any other branch's; branch 0 is `state` itself.
+
+    So each of several processes has random numbers of its own, and the same ones in a repeated run.
+    """
+    if not branch:
+        return state
+    with preserved_random_state(device):
+        set_random_state(state, device)
+        first = int(torch.randint(2**31, ()))
+        _seed_all((first + branch) % 2**32)
+        return random_state(device)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,35 @@
-"""One process or many. With one process every function here is a no-op, so that callers need no `if`."""
+"""One process or many. With one process every function here is a no-op, so that callers need no `if`.
+
+    with distributed.process_group(device):   # torchrun has set RANK, WORLD_SIZE, …; plain python: one process
+        train()
+
+Small values (counts, flags) travel over gloo on the CPU, whatever the device, and never wait for it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_store: Any = None  # of the job, while `process_group` lasts
+
+
+class OtherRankFailed(RuntimeError):
+    """Another process failed first and has said why; nothing more is to be said here."""
+
+
+# ------------------------------------------------------------------------------------------------------ who is there
 
 
 def is_distributed() -> bool:
@@ -26,15 +52,223 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def rank_in_environment() -> int:
+    """The rank that this process will have, or had, also while there is no process group."""
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
+def local_rank() -> int:
+    """This process's number on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if is_launched() else 0
+
+
+def local_world_size() -> int:
+    """How many processes of the job run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or whatever sets its variables, has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarts() -> int:
+    """How often torchrun has restarted the job's processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+# ------------------------------------------------------------------------------------------------ set-up and shutdown
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]:
+    """The job's process group while it lasts: nccl (xccl) for tensors on an accelerator, gloo for those on the CPU.
+
+    A process that hears nothing of another for `timeout` seconds gives up. Raises ValueError if torchrun's variables
+    are incomplete, OSError if the processes do not find each other.
+    """
+    global _store
+    if not is_launched():
+        yield
+        return
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise ValueError(f"RANK is set, but not {', '.join(missing)}; start with torchrun, or unset RANK")
+    limit = datetime.timedelta(seconds=timeout)
+    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_backend_for(device)}"
+    bound: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=limit))
+        _store = dist.PrefixStore(f"torchbasics/{restarts()}", store)  # the last attempt's keys are still in it
+        dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=limit, **bound)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise OSError(f"{where}: the processes did not find each other ({_reason(error, timeout)})") from error
+    try:
+        yield
+    finally:
+        _store = None
+        dist.destroy_process_group()
+
+
+def _backend_for(device: torch.device) -> str:
+    if device.type not in ("cuda", "xpu"):
+        raise ValueError(f"{device.type} cannot be used by several processes; use --device cpu or cuda")
+    return dist.get_default_backend_for_device(device)
+
+
+def _reason(error: Exception, timeout: float) -> str:
+    text = str(error)
+    if "EADDRINUSE" in text or "already in use" in text:
+        return "the port is taken; choose another MASTER_PORT, or torchrun --standalone"
+    if "timed out" in text.lower() or "timeout" in text.lower():
+        return f"not all came within {timeout:g} s; see that all are started with one address, or raise --timeout"
+    return " ".join(text.split())[:200]
+
+
+def own_device(device: torch.device) -> torch.device:
+    """`device` with this process's index: the local rank's accelerator. ValueError if there are too few."""
+    if device.type == "cpu" or not is_launched():
+        return device
+    if device.index is not None and local_world_size() > 1:
+        raise ValueError(f"--device {device} is one device for {local_world_size()} processes; leave the index out")
+    backend = getattr(torch, device.type)
+    if local_rank() >= backend.device_count():
+        raise ValueError(
+            f"process {local_rank()} of this machine has no {device.type} device ({backend.device_count()} there); "
+            f"start --nproc-per-node={backend.device_count()} processes, or use --device cpu"
+        )
+    own = torch.device(device.type, local_rank() if device.index is None else device.index)
+    backend.set_device(own)
+    return own
+
+
+def set_threads() -> str:
+    """Gives each local process its share of the cores, unless the user has set OMP_NUM_THREADS; says what was chosen.
+
+    torchrun itself sets OMP_NUM_THREADS=1 for several processes; that is not taken for the user's will.
+    """
+    processes = local_world_size()
+    if processes > 1 and not _user_has_set("OMP_NUM_THREADS"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // processes))
+        return f"{torch.get_num_threads()} of {cores} cores each"
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count != 1)} each" + (
+        " (OMP_NUM_THREADS)" if "OMP_NUM_THREADS" in os.environ else ""
+    )
+
+
+def _user_has_set(name: str) -> bool:
+    """Whether the variable was set before the launcher started; where that cannot be seen, 1 is the launcher's."""
+    try:
+        launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        return any(line.startswith(name.encode() + b"=") for line in launcher)
+    except OSError:
+        return os.environ.get(name, "1") != "1"
+
+
+# ------------------------------------------------------------------------------------------------ small values together
+
+
 def barrier() -> None:
     """Waits for all processes."""
-    if is_distributed():
-        dist.barrier()
+    all_gather([0])
+
+
+def all_gather(values: Sequence[float]) -> list[list[float]]:
+    """The `values` of all processes, by rank; as float64, which holds whole numbers exactly up to 2**53."""
+    if world_size() == 1:
+        return [list(values)]
+    own = torch.tensor(values, dtype=torch.float64)
+    every = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(every, own)
+    return [part.tolist() for part in every]
 
 
 def all_reduce_sums(values: torch.Tensor) -> torch.Tensor:
     """Returns the sums of `values` over all processes; `values` itself if there is one."""
-    if is_distributed():
+    if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all processes, by rank, on all of them: plain values and tensors."""
+    if world_size() == 1:
+        return [value]
+    every: list[Any] = [None] * world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's `value` on all processes."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on all processes. If it raises there, the others raise OtherRankFailed."""
+    if world_size() == 1:
+        return function()
+    outcome: tuple[bool, Any] = (False, None)
+    try:
+        if is_main():
+            outcome = (True, function())
+    finally:
+        done, result = broadcast_object(outcome)
+    if not done:
+        raise OtherRankFailed("rank 0 failed")
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- who failed first
+
+
+def first_cause(error: Exception, text: str, patience: float = 2.0) -> str | None:
+    """What this process is to say of `error`: `text` with its rank; None if another process has spoken already.
+
+    Where `error` is that contact to others was lost, it names those that do not answer within `patience` seconds.
+    """
+    if world_size() == 1 or _store is None:
+        return text
+    if isinstance(error, OtherRankFailed):
+        return None
+    try:
+        if is_lost_contact(error):
+            silent = _silent_ranks(patience)
+            names = ", ".join(f"rank {number} ({host})" for number, host in silent)
+            text = f"no answer from {names}" if silent else f"lost contact with the other processes ({text})"
+        if _store.add("cause", 1) > 1:
+            return None
+    except RuntimeError:  # the store was in a process that is gone
+        text = f"{text}; the job's store is gone as well"
+    return f"rank {rank()} of {world_size()} ({socket.gethostname()}): {text}"
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether `error` is of the network between the processes, and so a consequence of something else."""
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def introduce_host() -> None:
+    """Lets the other processes know this one's machine, for messages when it no longer answers."""
+    if _store is not None:
+        _store.set(f"host/{rank()}", socket.gethostname())
+
+
+def _silent_ranks(patience: float) -> list[tuple[int, str]]:
+    """Ranks that, unlike this one, do not notice the failure too: killed, stopped or hanging."""
+    _store.set(f"alive/{rank()}", "1")
+    time.sleep(patience)
+    silent = [number for number in range(world_size()) if not _store.check([f"alive/{number}"])]
+    known = [number for number in silent if _store.check([f"host/{number}"])]
+    return [(number, _store.get(f"host/{number}").decode() if number in known else "?") for number in silent]

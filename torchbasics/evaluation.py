@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from torchbasics import distributed
 from torchbasics.device import autocast, preserved_random_state
+
+SUMS = ("loss_sum", "samples", "correct", "predictions")
 
 
 class BatchResult(NamedTuple):
@@ -62,8 +65,18 @@ class RunningMeans:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far; the arguments of another RunningMeans that goes on from them."""
-        names = ("loss_sum", "samples", "correct", "predictions")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SUMS}
+
+    @staticmethod
+    def sum_of(states: Sequence[dict[str, Any]]) -> RunningMeans:
+        """The means of several processes' samples, from their `state_dict`s."""
+        return RunningMeans(**{name: sum(state[name] for state in states) for name in SUMS})
+
+    def reduced(self) -> RunningMeans:
+        """The means of all processes' samples; this one's own where there is one process."""
+        every = distributed.all_gather([getattr(self, name) for name in SUMS])
+        loss_sum, *counts = (math.fsum(parts) for parts in zip(*every, strict=True))
+        return RunningMeans(loss_sum, *(int(count) for count in counts))
 
 
 def forward(
@@ -74,7 +87,8 @@ def forward(
         outputs = model(inputs)
     if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
         outputs = outputs.float()  # losses are sums of exponentials: not in half precision
-    loss = criterion(outputs, targets)
+    # a process's part of a batch may be empty: it takes part in all that is done together, and adds nothing
+    loss = criterion(outputs, targets) if len(targets) else nothing_of(outputs)
     return loss, BatchResult(loss.detach(), *_correct(outputs, targets), len(targets))
 
 
@@ -84,15 +98,32 @@ def _correct(outputs: Any, targets: Tensor) -> tuple[Tensor | None, int]:
     return ((outputs.detach().argmax(1) == targets).sum(), targets.numel()) if classes else (None, 0)
 
 
+def nothing_of(outputs: Any) -> Tensor:
+    """Zero, as a loss that reaches all parameters that `outputs` came from."""
+    if isinstance(outputs, Tensor):
+        return outputs.sum() * 0
+    parts = outputs.values() if isinstance(outputs, dict) else outputs
+    return torch.stack([nothing_of(part) for part in parts]).sum()
+
+
 def to_device(value: Any, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> Any:
     """`value`, or the tensors in a list, tuple or dict, on `device`; images (B, C, H, W) in `memory_format`."""
+
+    def move(tensor: Tensor) -> Tensor:
+        layout = memory_format if tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(device, non_blocking=True, memory_format=layout)
+
+    return tree_map(move, value)
+
+
+def tree_map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `function` applied to its tensors, in lists (which become tuples), tuples and dicts."""
     if isinstance(value, Tensor):
-        layout = memory_format if value.dim() == 4 else torch.preserve_format
-        return value.to(device, non_blocking=True, memory_format=layout)
+        return function(value)
     if isinstance(value, dict):
-        return {key: to_device(item, device, memory_format) for key, item in value.items()}
+        return {key: tree_map(function, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(to_device(item, device, memory_format) for item in value)
+        return tuple(tree_map(function, item) for item in value)
     return value
 
 
@@ -123,10 +154,12 @@ def evaluate(
     *,
     precision: str = "fp32",
     memory_format: torch.memory_format = torch.preserve_format,
+    reduce: bool = False,
 ) -> tuple[float, float | None]:
     """(Mean loss per sample, accuracy between 0 and 1, or None where targets are not classes) of `model` on `loader`.
 
     The model is moved to `device`; by default it stays where it is. Changes no weight, buffer, mode or random state.
+    With `reduce` every process has a part of the samples, and all get the means of all.
     """
     place = torch.device(device) if device is not None else model_device(model)
     model.to(place)
@@ -136,7 +169,7 @@ def evaluate(
             inputs, targets = to_device(batch, place, memory_format)
             means.add([forward(model, criterion, inputs, targets, precision)[1]])
     means.read()
-    return means.means()
+    return (means.reduced() if reduce else means).means()
 
 
 def outputs_of(

@@ -1,6 +1,7 @@
 """Trainer: the loop of train, validate, save and stop, that can be interrupted anywhere and goes on exactly there.
 
-The way of one batch is `Trainer.train_one_epoch` → `_train_window` → `_optimizer_step`, one page further down.
+The way of one batch is `Trainer.train_one_epoch` → `_train_window` → `_optimizer_step`, one page further down. Under
+several processes each has its part of every batch, perhaps an empty one; all take the same steps and decisions.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
-from torchbasics import distributed
-from torchbasics.checkpoint import FORMAT, CheckpointError, CheckpointFolder, bare_model, bare_state_dict, load_weights
-from torchbasics.device import pick_precision, random_state, set_random_state
-from torchbasics.evaluation import BatchResult, RunningMeans, evaluate, forward, model_device, outputs_of, to_device
+from torchbasics import distributed, parallel
+from torchbasics.checkpoint import FORMAT, CheckpointError, CheckpointFolder, bare_model
+from torchbasics.device import branched_random_state, pick_precision, random_state, set_random_state
+from torchbasics.evaluation import (
+    BatchResult,
+    RunningMeans,
+    evaluate,
+    forward,
+    model_device,
+    outputs_of,
+    to_device,
+    tree_map,
+)
 from torchbasics.interrupts import Interrupted, SignalNote
 from torchbasics.position import LoaderPosition, go_to
 
@@ -37,6 +48,8 @@ class Trainer:
     """Trains `model` with `optimizer` to lower `criterion(outputs, targets)`, a mean over the samples of a batch.
 
     A loader is any iterable of `(inputs, targets)`; inputs may be a tensor, or a tuple, list or dict of them.
+
+    `model` may be wrapped for several processes (`parallel.replicate`, `parallel.shard`).
 
     Args:
         device: where to train; the model's own device by default.
@@ -94,6 +107,8 @@ class Trainer:
         if save_every and checkpoint_dir is None:
             raise ValueError(f"save_every={save_every} needs a checkpoint_dir to save in")
         _check_directions(scheduler, scheduler_interval, early_stopping, monitor)
+        if averages is not None and parallel.is_sharded(model):
+            raise ValueError("averages need the whole weights, and the model is sharded; use DDP, or no averages")
         self.device = torch.device(device) if device is not None else model_device(model)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.model = model.to(self.device).to(memory_format=self.memory_format)
@@ -129,6 +144,9 @@ class Trainer:
         self._running = RunningMeans()
         self._position = LoaderPosition(self.device)
         self._signals = SignalNote(enabled=self.checkpoints is not None)
+        self._agreed_signal = 0
+        self._empty_batch: tuple[Any, Tensor] | None = None
+        self.waiting_seconds = 0.0  # for the other processes, between two steps
         self._first_epoch = 0
         self._resumed_random_state: dict[str, Any] | None = None
         self._saved_at, self._saved_path = (-1, -1, -1), Path()
@@ -170,8 +188,8 @@ class Trainer:
 
     def _train_epoch(self, batches: Iterator) -> tuple[float, float | None]:
         self.model.train()
-        while window := self._next_window(batches):
-            stepped = self._train_window([to_device(batch, self.device, self.memory_format) for batch in window])
+        for window, samples in self._windows(batches):
+            stepped = self._train_window(window, samples)
             self.batch += len(window)
             if len(self._running.pending) >= self.log_every:
                 self._read_losses()
@@ -181,28 +199,24 @@ class Trainer:
                 self.save()
             self._leave_if_signalled()
         self._read_losses()
-        return self._running.means()
+        return self._running.reduced().means()
 
-    def _next_window(self, batches: Iterator) -> list:
-        try:
-            return list(itertools.islice(batches, self.accumulate))
-        except RuntimeError:  # a signal to the whole process group also ends the loader's workers
-            if self._signals.signum and self.batch == 0:
-                self._position.rewind()
-            self._leave_if_signalled()
-            raise
+    def _train_window(self, window: list[tuple[Any, Tensor]], samples: int) -> bool:
+        """One optimizer step by the gradient of the mean loss over all `samples` of the windows of all processes.
 
-    def _train_window(self, window: list[tuple[Any, Tensor]]) -> bool:
-        """One optimizer step by the gradient of the mean loss over all samples of `window`; False if it was skipped."""
-        samples = sum(len(targets) for _, targets in window)
+        False if it was skipped.
+        """
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.nan_policy == "skip" else []
         results = []
-        for inputs, targets in window:
-            loss, result = forward(self.model, self.criterion, inputs, targets, self.precision)
-            if len(window) > 1:  # micro-batches may be unequal: each counts by its samples
-                loss = loss * (len(targets) / samples)
-            self.scaler.scale(loss).backward()
+        for i, (inputs, targets) in enumerate(window, start=1):
+            self.model.train(len(targets) > 0)  # BatchNorm can't learn from no sample
+            with parallel.gradient_exchange(self.model, wanted=i == len(window)):
+                loss, result = forward(self.model, self.criterion, inputs, targets, self.precision)
+                if len(targets) < samples:  # parts may be unequal: each counts by its samples; DDP takes the mean
+                    loss = loss * (len(targets) * distributed.world_size() / samples)
+                self.scaler.scale(loss).backward()
             results.append(result)
+        self.model.train()
         if self._finite_now(results):
             self._running.add(results)
             if self._optimizer_step():
@@ -261,7 +275,9 @@ class Trainer:
             self.best_score, self.best_epoch = score, self.epoch
         self.epoch, self.batch, self._running = self.epoch + 1, 0, RunningMeans()
         if self.checkpoints and improved:
-            self.checkpoints.save_best(self._best_state(values))
+            best = self._best_state(values)
+            if distributed.is_main():
+                self.checkpoints.save_best(best)
         if self.checkpoints and not self.save_every:
             self.save()
         for callback in self.on_epoch_end:
@@ -271,15 +287,57 @@ class Trainer:
     def validate(self, loader: Iterable) -> tuple[float, float | None]:
         """(Mean loss per sample, accuracy or None) of the averaged model if there is one, else of the model.
 
-        Changes no weight, no buffer and no random state.
+        Of all processes' samples together. Changes no weight and no random state.
         """
-        return evaluate(self.evaluated_model, loader, self.criterion, self.device, **self._numbers)
+        parallel.share_buffers(self.model, self.averages)
+        return evaluate(self.evaluated_model, loader, self.criterion, self.device, reduce=True, **self._numbers)
 
     def predict(self, loader: Iterable) -> Tensor:
-        """The outputs for all batches of `loader`, (N, …) float32 on the CPU, from the model that is validated."""
+        """The outputs for all batches of `loader`, (N, …) float32 on the CPU, from the model that is validated.
+
+        Of several processes each gets those of its own part.
+        """
+        parallel.share_buffers(self.model, self.averages)
         return outputs_of(self.evaluated_model, loader, self.device, **self._numbers)
 
     # ------------------------------------------------------------------------------------------------------- its parts
+
+    def _windows(self, batches: Iterator) -> Iterator[tuple[list[tuple[Any, Tensor]], int]]:
+        """The windows of accumulation, on the device, and the number of samples that all processes have in each.
+
+        A process that has less of an epoch than others takes part with empty batches, until all are done.
+        """
+        while True:
+            window = [to_device(batch, self.device, self.memory_format) for batch in self._next_window(batches)]
+            samples, length = sum(len(targets) for _, targets in window), len(window)
+            if distributed.world_size() > 1:
+                samples, length = self._agree_on(samples, length)
+                if window:
+                    inputs, targets = window[-1]
+                    self._empty_batch = tree_map(lambda part: part[:0], inputs), targets[:0]
+                if len(window) < length and self._empty_batch is None:
+                    raise ValueError("the loader of this process gave no batch at all; give every process a part")
+                window += [self._empty_batch] * (length - len(window))  # type: ignore[list-item]
+            if not length:
+                return
+            yield window, samples
+
+    def _agree_on(self, samples: int, length: int) -> tuple[int, int]:
+        """Of all processes: samples in their windows, length of the longest, and a signal that one of them noted."""
+        began = time.perf_counter()
+        every = distributed.all_gather([samples, length, self._signals.signum])
+        self.waiting_seconds += time.perf_counter() - began
+        self._agreed_signal = int(max(signum for _, _, signum in every))
+        return int(sum(count for count, _, _ in every)), int(max(longest for _, longest, _ in every))
+
+    def _next_window(self, batches: Iterator) -> list:
+        try:
+            return list(itertools.islice(batches, self.accumulate))
+        except RuntimeError:  # a signal to the whole process group also ends the loader's workers
+            if self._signals.signum and self.batch == 0:
+                self._position.rewind()
+            self._leave_if_signalled()
+            raise
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -311,6 +369,10 @@ class Trainer:
         """`validate`, cut short by a signal: after the resume all of it is done again."""
         go_to(loader, self.epoch, 0)
         try:
+            if distributed.world_size() > 1:  # all do all of it, then all know of a signal to one
+                means = self.validate(loader)
+                self._agree_on(0, 0)
+                return means
             return self.validate(self._signals.until(loader))
         except (RuntimeError, ValueError):  # its workers were ended by the signal, perhaps before the first batch
             self._leave_if_signalled()
@@ -320,12 +382,13 @@ class Trainer:
         """Looks at the losses at once where that costs nothing (CPU), or where the policy needs it; else later."""
         if self.nan_policy == "ignore" or (self.nan_policy == "stop" and self.device.type != "cpu"):
             return True
+        finite = True
         for i, result in enumerate(results):
             if not math.isfinite(value := float(result.loss)):
                 if self.nan_policy == "stop":
                     raise self._non_finite(value, -i)
-                return False
-        return True
+                finite = False
+        return all(flag for (flag,) in distributed.all_gather([finite])) if self.nan_policy == "skip" else finite
 
     def _read_losses(self) -> None:
         """The one transfer from the device: all losses since the last. NaN is found here, before it is saved."""
@@ -352,6 +415,9 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that the run depends on, as tensors and plain values; `load_state_dict` goes on from it exactly."""
         self._read_losses()
+        weights, optimizer = parallel.full_state(self.model, self.optimizer)
+        own = {"random_state": random_state(self.device), "running": self._running.state_dict()}
+        ranks = distributed.gather_objects(own)
         optional = {
             "scheduler_state_dict": self.scheduler,
             "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None,
@@ -367,14 +433,15 @@ class Trainer:
             "skipped": self.skipped,
             "best_score": self.best_score,
             "best_epoch": self.best_epoch,
-            "model_state_dict": bare_state_dict(self.model),
-            "optimizer_state_dict": self.optimizer.state_dict(),
+            "model_state_dict": weights,
+            "optimizer_state_dict": optimizer,
             "averages_state_dict": None if self.averages is None else self.averages.state_dict(),
             **{key: None if part is None else part.state_dict() for key, part in optional.items()},
             "history": self.history,
-            "running": self._running.state_dict(),
+            "running": RunningMeans.sum_of([own["running"] for own in ranks]).state_dict(),
             "metadata": self.metadata,
-            "random_state": random_state(self.device),
+            "random_state": ranks[0]["random_state"],
+            "ranks": ranks if len(ranks) > 1 else [],  # for a resume with as many processes
             "position": self._position.state_dict(),
             "kinds": self._kinds(),
         }
@@ -399,29 +466,47 @@ class Trainer:
                 raise CheckpointError(
                     f"{where}: {key} is {'not used here' if part is None else 'missing'}; resume with the same options"
                 )
-        load_weights(self.model, state["model_state_dict"], where)
+        parallel.load_full_weights(self.model, state["model_state_dict"], where)
         try:
-            self.optimizer.load_state_dict(state["optimizer_state_dict"])
+            parallel.load_optimizer(self.model, self.optimizer, state["optimizer_state_dict"])
             for key, part in parts.items():  # after the optimizer, whose rate the schedule goes on from
                 if part is not None:
                     part.load_state_dict(state[key])
             if state.get("early_stopping_state_dict") and hasattr(self.early_stopping, "load_state_dict"):
                 self.early_stopping.load_state_dict(state["early_stopping_state_dict"])
-            self._running = RunningMeans(**state["running"])
+            own = self._own_part(state)
+            self._running = RunningMeans(**own["running"])
             self.history = {name: list(values) for name, values in state["history"].items()}
             for name in ("epoch", "step", "batch", "skipped", "best_score", "best_epoch"):
                 setattr(self, name, state[name])
-            self._first_epoch, self._resumed_random_state = state["first_epoch"], state["random_state"]
+            self._first_epoch, self._resumed_random_state = state["first_epoch"], own["random_state"]
             self._position.load_state_dict(state["position"])
-            set_random_state(state["random_state"], self.device)
+            set_random_state(own["random_state"], self.device)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{where}: does not fit this trainer ({type(error).__name__}: {error}); resume with the same options"
             ) from error
 
+    def _own_part(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What this process goes on from: exactly its own where as many processes saved, else a part of the whole."""
+        number, ranks = distributed.rank(), state.get("ranks", [])
+        if max(len(ranks), 1) == distributed.world_size():
+            return ranks[number] if ranks else state
+        running = state["running"] if number == 0 else RunningMeans().state_dict()
+        if number and number >= len(ranks):  # nobody has drawn as this process: begin a stream of its own
+            random = branched_random_state(state["random_state"], number, self.device)
+        else:
+            random = ranks[number]["random_state"] if ranks else state["random_state"]
+        return {"running": running, "random_state": random}
+
+    def load_evaluated(self, weights: dict[str, Tensor], where: str = "checkpoint") -> None:
+        """Loads `weights` (of a `best.pt`) into the model that `validate` and `predict` use."""
+        parallel.load_full_weights(self.evaluated_model, weights, where)
+
     def _check_unused(self) -> None:
         """Two runs in one folder would be mixed: `resume` would take the one with the higher step."""
-        if self.checkpoints and self._saved_at == (-1, -1, -1) and self.checkpoints.steps():
+        mine = self.checkpoints and distributed.is_main() and self._saved_at == (-1, -1, -1)
+        if self.checkpoints and mine and self.checkpoints.steps():
             raise ValueError(
                 f"{self.checkpoints.folder}: holds the checkpoints of an earlier run; "
                 "call resume(), or give another folder"
@@ -435,14 +520,16 @@ class Trainer:
         if self.checkpoints is None:
             raise ValueError("Trainer was made without checkpoint_dir; give one to save")
         state = self.state_dict()
-        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()])
+        finite = torch.stack([p.isfinite().all() for p in parallel.own_parameters(self.model)])
         if self.nan_policy == "stop" and not all(finite.tolist()):
             # from an infinite gradient of a finite loss: the next loss would tell, too late for this checkpoint
             raise NonFiniteLoss(
                 f"a weight is NaN or infinite at epoch {self.epoch + 1}, batch {self.batch}, after {self.step} steps; "
                 "not saved; lower the learning rate or clip the gradient (clip_norm=1)"
             )
-        self._saved_path = self.checkpoints.save(state)
+        if distributed.is_main():
+            self.checkpoints.save(state)
+        self._saved_path = self.checkpoints.path(self.step)
         self._saved_at = (self.step, self.epoch, self.batch)
         return self._saved_path
 
@@ -453,7 +540,7 @@ class Trainer:
         """
         if self.checkpoints is None:
             raise ValueError("Trainer was made without checkpoint_dir; give one to resume from")
-        found = self.checkpoints.latest()
+        found = distributed.on_main(self.checkpoints.latest)
         if found is None:
             return None
         path, state = found
@@ -473,21 +560,23 @@ class Trainer:
 
     def _best_state(self, values: dict[str, float | None]) -> dict[str, Any]:
         """For use, not for resuming: the weights as they were judged. `epoch` counts the epochs done, as everywhere."""
+        weights, optimizer = parallel.full_state(self.model, self.optimizer)
         return {
             "format": FORMAT,
             "epoch": self.epoch,
             "step": self.step,
             "loss": self._latest_loss(),
             "metrics": values,
-            "model_state_dict": bare_state_dict(self.evaluated_model),
-            "optimizer_state_dict": self.optimizer.state_dict(),
+            "model_state_dict": weights if self.averages is None else parallel.full_weights(self.evaluated_model),
+            "optimizer_state_dict": optimizer,
             "metadata": self.metadata,
         }
 
     def _leave_if_signalled(self) -> None:
-        if self._signals.signum:
+        signum = self._signals.signum if distributed.world_size() == 1 else self._agreed_signal
+        if signum:
             saved = self._saved_at == (self.step, self.epoch, self.batch)
-            raise Interrupted(self._signals.signum, self._saved_path if saved else self.save())
+            raise Interrupted(signum, self._saved_path if saved else self.save())
 
 
 def _check_options(

@@ -1,0 +1,278 @@
+"""Trains what train_mnist trains, on one process, many processes or many machines, with the same results.
+
+    torchrun --standalone --nproc-per-node=2 scripts/train_ddp.py --epochs 15
+    torchrun --standalone --nproc-per-node=2 --max-restarts=3 scripts/train_ddp.py --output runs/ddp --save-every 100
+
+Several machines, the same line on each (node0 is one of them; the data and --output lie where all can read them):
+
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=node0:29400 --rdzv-id=1 \\
+        scripts/train_ddp.py --output runs/ddp
+
+Slurm, in a batch script with --nodes=2 --ntasks-per-node=1:
+
+    srun torchrun --nnodes=$SLURM_NNODES --nproc-per-node=8 --rdzv-id=$SLURM_JOB_ID --rdzv-backend=c10d \\
+        --rdzv-endpoint=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29400 \\
+        scripts/train_ddp.py --output runs/ddp
+
+Plain `python scripts/train_ddp.py` is one process. --batch-size is that of all processes together. A job that torchrun
+has restarted goes on from its last checkpoint by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if (ROOT / "torchbasics" / "__init__.py").is_file():  # in a checkout its own package comes first, installed or not
+    sys.path.insert(0, str(ROOT))
+
+import torch
+from torch import nn
+
+import torchbasics as tb
+from torchbasics import distributed, options, parallel
+from torchbasics.device import branched_random_state, device_name, random_state, set_random_state
+from torchbasics.loaders import Loaders, make_loaders
+from torchbasics.report import Report, judge, metrics, print_result, summary, unused_directory, write_description
+
+# -------------------------------------------------------------------------------------------------- model and trainer
+
+
+def build_trainer(
+    args: argparse.Namespace, data: Loaders, device: torch.device, checkpoints: Path
+) -> tuple[tb.Trainer, parallel.GradientClock | None]:
+    """As in train_mnist, with the model replicated or sharded where there are several processes."""
+    facts, many = data.facts, distributed.world_size() > 1
+    model = tb.make_model(args.model, len(facts["classes"]), facts["in_channels"], facts["image_size"], args.dropout)
+    precision, clock, averages = tb.pick_precision(args.precision, device), None, None
+    sharded = args.strategy == "fsdp" and many
+    model.to(device)
+    if sharded:
+        model = parallel.shard(model, device, precision)
+    else:
+        model.to(memory_format=torch.channels_last)  # FSDP takes contiguous parameters only
+    if args.ema:
+        averages = tb.averaged_copy(model, args.ema)
+    optimizer = tb.make_optimizer(args.optimizer, model.parameters(), args.lr, args.weight_decay)
+    if many and not sharded:
+        model = parallel.replicate(model, device, sync_bn=args.sync_bn, static=args.accumulate == 1)
+        clock = parallel.GradientClock(model, device, args.bf16_gradients)
+    steps_per_epoch = -(-len(data.train) // args.accumulate)
+    schedule = tb.make_schedule(args.schedule, optimizer, args.epochs * steps_per_epoch,
+                                round(args.warmup_epochs * steps_per_epoch))
+    trainer = tb.Trainer(
+        model, nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), optimizer, device, schedule,
+        scheduler_interval="epoch" if args.schedule == "plateau" else "step", precision=precision,
+        channels_last=not sharded, compile=args.compile, accumulate=args.accumulate, clip_norm=args.clip_norm,
+        clip_value=args.clip_value, averages=averages, nan_policy=args.nan_policy,
+        early_stopping=tb.EarlyStopping(args.patience, args.min_delta) if args.patience else None,
+        checkpoint_dir=checkpoints, save_every=args.save_every, keep=args.keep,
+        metadata={"model": args.model, "dropout": args.dropout, **facts})
+    # the same weights everywhere, but not the same dropout
+    set_random_state(branched_random_state(random_state(device), distributed.rank(), device), device)
+    return trainer, clock
+
+
+# ------------------------------------------------------------------------------------------------ what the user reads
+
+
+class Communication:
+    """Once an epoch: how long each process waited for the others, and which one was waited for."""
+
+    def __init__(self, report: Report | None, clock: parallel.GradientClock | None) -> None:
+        self.report, self.clock, self.seconds = report, clock, 0.0
+        self.began, self.before = time.monotonic(), 0.0
+
+    def on_epoch_end(self, trainer: tb.Trainer) -> None:
+        """All processes take part; rank 0 prints."""
+        total = trainer.waiting_seconds + (self.clock.seconds if self.clock else 0.0)
+        own, self.before = total - self.before, total
+        waited = [seconds for (seconds,) in distributed.all_gather([own])]
+        took, self.began = time.monotonic() - self.began, time.monotonic()
+        self.seconds += waited[0]
+        if self.report is not None and self.clock is None:
+            self.report.say(f"       waited {waited[0]:.1f} s between steps; what fsdp sends within is not measured")
+        elif self.report is not None:
+            slowest = min(range(len(waited)), key=waited.__getitem__)  # who waits least is waited for
+            mean = sum(waited) / len(waited)
+            self.report.say(f"       communication {mean:.1f} s of {took:.1f} s (least, so the slowest: "
+                            f"rank {slowest}, {waited[slowest]:.1f} s; most: {max(waited):.1f} s)")
+
+
+def name_processes(device: torch.device, threads: str) -> str:
+    """One line on all processes: which ranks are where."""
+    places = distributed.gather_objects(f"{socket.gethostname()} {device}")
+    ranks = [f"rank {rank}: {place}" for rank, place in enumerate(places)]
+    shown = ranks if len(ranks) <= 16 else [*ranks[:8], f"… {len(ranks) - 9} more …", ranks[-1]]
+    name = device_name(device) if device.type != "cpu" else device_name(device).rpartition(", ")[0]
+    return f"{len(places)} process{'es' * (len(places) > 1)} ({', '.join(shown)}); {name}, {threads}"
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def make_parser() -> options.Parser:
+    parser = options.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    options.add_data_options(parser)
+    options.add_model_options(parser)
+    options.add_optimisation_options(parser)
+    options.add_speed_options(parser)
+    add = parser.add_argument_group("processes").add_argument
+    add("--strategy", choices=parallel.STRATEGIES, default="ddp",
+        help="ddp: a copy of the model a process; fsdp: its parts spread over all (default: ddp)")
+    add("--sync-bn", action="store_true",
+        help="BatchNorm over the batches of all processes; accelerators only (default: off)")
+    add("--bf16-gradients", action="store_true", help="ddp: send gradients in bfloat16 (default: off)")
+    add("--timeout", type=options.RATE, default=60.0, metavar="SECONDS",
+        help="give up when another process says nothing for so long (default: 60)")
+    options.add_stopping_options(parser)
+    options.add_run_options(parser, tb.__version__)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.strategy == "fsdp":
+        for name, value in (("--ema", args.ema), ("--sync-bn", args.sync_bn), ("--bf16-gradients", args.bf16_gradients),
+                            ("--compile", args.compile), ("--precision fp16", args.precision == "fp16")):
+            if value:
+                parser.error(f"{name} does not go with --strategy fsdp; use --strategy ddp or leave it out")
+    if distributed.restarts() and not args.resume:  # torchrun has started us again: never from the beginning
+        args.resume, args.overwrite = True, False
+        args.output = args.output or interrupted_run()
+    return options.check_resume(parser, args)
+
+
+def interrupted_run() -> str:
+    """The directory that this job has chosen before torchrun restarted it, found by the launcher's process."""
+    for path in sorted(Path("runs").glob("*/run.json"), key=os.path.getmtime, reverse=True):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads(path.read_text(encoding="utf-8")).get("launcher") == launched_by():
+                return str(path.parent)
+    raise ValueError("restarted, but no run of this job is under ./runs; give --output, so that restarts find it")
+
+
+def launched_by() -> str:
+    """Host, process number and job of the launcher: the same after a restart."""
+    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0 done, 1 failed, 2 bad input, 3 optional package missing, 128 + signal when interrupted and saved."""
+    debug = False
+    try:
+        args = parse_args(argv)
+        debug = args.debug
+        device = distributed.own_device(tb.pick_device(args.device))
+        with distributed.process_group(device, args.timeout):
+            return run_together(args, argv, device)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was saved stays", file=sys.stderr)
+        return 130
+    except Exception as error:  # before the processes were together: each for itself
+        if debug:
+            raise
+        if distributed.rank_in_environment() == 0 or isinstance(error, OSError):
+            print(f"error: {options.one_line(error)}", file=sys.stderr)
+        return options.exit_code(error)
+
+
+def run_together(args: argparse.Namespace, argv: list[str] | None, device: torch.device) -> int:
+    """`train`, with its end told once for all processes."""
+    try:
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            setattr(warnings, "showwarning", options.print_warning)  # noqa: B010 (mypy forbids to assign to a function)
+            if not distributed.is_main():
+                warnings.simplefilter("ignore")
+            return train(args, argv, device, stack)
+    except tb.Interrupted as stop:
+        if distributed.is_main():
+            print(f"\ninterrupted: {stop}; continue with --resume {stop.checkpoint.parents[1]}", file=sys.stderr)
+        return 128 + stop.signum
+    except BrokenPipeError:  # who read our output has left; nothing saved is lost
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except Exception as error:
+        line = distributed.first_cause(error, options.one_line(error))
+        if line is not None:
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            if args.debug:
+                raise
+        return options.exit_code(error)
+
+
+def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device, stack: contextlib.ExitStack) -> int:
+    """The recipe."""
+    began = time.monotonic()
+    threads = distributed.set_threads()
+    distributed.introduce_host()
+
+    def open_run() -> tuple[argparse.Namespace, Path]:  # on rank 0 alone, which alone writes
+        output = Path(args.output or unused_directory("ddp" if args.dataset == "auto" else args.dataset))
+        fresh = args.resume and distributed.restarts() and not (output / "run.json").is_file()
+        held.append(stack.enter_context(
+            tb.RunDirectory(output, resume=bool(args.resume) and not fresh, overwrite=args.overwrite)))
+        resumed = args.resume and not fresh
+        return (options.recorded_options(make_parser(), argv, args, held[0]) if resumed else args), output
+
+    held: list[tb.RunDirectory] = []
+    args, output = distributed.on_main(open_run)
+    run = held[0] if held else None
+    tb.set_seed(args.seed, args.deterministic)
+    data = make_loaders(
+        args.dataset, args.data_dir, args.batch_size, val_size=args.val_size, augment=args.augment,
+        image_size=args.image_size, num_workers=args.num_workers, seed=args.seed, limit_batches=args.limit_batches,
+        device=device)
+    distributed.barrier()  # who had to download is waited for, before any clock runs
+    trainer, clock = build_trainer(args, data, device, output / "checkpoints")
+    start = trainer.resume() if args.resume else None
+    processes = name_processes(device, threads)
+    report = begin_report(args, data, trainer, run, start, processes) if run is not None else None
+    if distributed.world_size() > 1:
+        trainer.on_epoch_end += (Communication(report, clock).on_epoch_end,)
+    try:
+        trainer.fit(data.train, data.val, args.epochs, verbose=False)
+    except tb.Interrupted:
+        if report is not None:
+            report.count(trainer, trainer.batch)  # a part of an epoch is time too
+            report.run.write_info()
+        raise
+    result: dict[str, Any] = judge(trainer, data, output / "checkpoints" / "best.pt")[0]
+    if run is not None:
+        result |= summary(args, data, trainer, run) | {"total_seconds": time.monotonic() - began}
+        run.write_info(result=result)
+        launcher = f"torchrun --nproc-per-node={distributed.local_world_size()} {sys.argv[0]}"
+        print_result(result, run, data.notice, launcher)
+    distributed.barrier()
+    return 0
+
+
+def begin_report(
+    args: argparse.Namespace, data: Loaders, trainer: tb.Trainer, run: tb.RunDirectory, start: Path | None,
+    processes: str) -> Report:
+    """What rank 0 alone does before the first step."""
+    metrics_file = run.path / "metrics.jsonl"
+    if args.resume and start is None and metrics_file.is_file() and metrics_file.stat().st_size:
+        raise tb.CheckpointError(f"{run.checkpoints}: the run was further, and its checkpoints are gone; "
+                                 "--overwrite starts it again")
+    report = Report(args, data, run)
+    write_description(args, data, trainer, run, tb.__version__, launcher=launched_by(), processes=processes)
+    run.write_metrics(metrics(trainer))
+    trainer.on_step_end, trainer.on_epoch_end = (report.on_step_end,), (report.on_epoch_end,)
+    report.introduce(data, trainer, start, processes)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The command line of the training scripts: their options in groups, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from torchbasics.checkpoint import RunDirectory
+from torchbasics.loaders import DATASETS
+from torchbasics.models import MODELS
+from torchbasics.optim import OPTIMIZERS, SCHEDULES
+from torchbasics.trainer import NonFiniteLoss
+
+# Options that may differ when a run is resumed; all others decide its course, and are refused.
+FREE_ON_RESUME = {
+    "output", "resume", "overwrite", "quiet", "debug", "data_dir", "keep", "patience", "tensorboard", "anomaly",
+    "num_workers", "save_every", "timeout", "strategy",
+}  # fmt: skip
+# Options that only one of the scripts has; a run may be continued by the other.
+OF_ONE_SCRIPT = {"dry_run", "tensorboard", "anomaly", "strategy", "sync_bn", "bf16_gradients", "timeout"}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors in one line, exit code 2."""
+
+    def error(self, message: str) -> Any:
+        """Ends the program."""
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def number(kind: type, low: float, high: float = math.inf, strict: bool = False) -> Any:
+    """An argparse type: a finite `kind` between `low` (excluded if strict) and `high`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+            float(value)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if not (math.isfinite(value) and (value > low if strict else value >= low) and value <= high):
+            limits = f"{'above' if strict else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} {limits}, got {text!r}")
+        return value
+
+    return parse
+
+
+COUNT, RATE, SHARE = number(int, 1), number(float, 0, strict=True), number(float, 0, 0.99)
+
+
+# fmt: off
+# --------------------------------------------------------------------------------------------------- groups of options
+
+
+def add_data_options(parser: Parser) -> None:
+    """Which images, and where they are."""
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="auto",
+        help="auto: MNIST if it is there or can be downloaded, else drawn digits (default: auto)")
+    add("--data-dir", default="./data", metavar="DIR",
+        help="where data sets are or go; for --dataset folder the images (default: ./data)")
+    add("--val-size", type=COUNT, default=5000, metavar="N",
+        help="training images held out for validation (default: 5000; of a small folder a tenth)")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True,
+        help="rotate by up to 10 degrees and shift by up to a tenth (default: on)")
+    add("--num-workers", type=number(int, 0), default=0, metavar="N",
+        help="loader processes, for --dataset folder only (default: 0)")
+    add("--image-size", type=COUNT, default=28, metavar="PIXELS",
+        help="size that --dataset folder scales images to, divisible by 4 (default: 28)")
+
+
+def add_model_options(parser: Parser) -> None:
+    """The network."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=MODELS, default="mnistnet", help="network (default: mnistnet)")
+    add("--dropout", type=SHARE, default=0.25, metavar="P",
+        help="probability of dropping, where the model has dropout (default: 0.25)")
+
+
+def add_optimisation_options(parser: Parser) -> None:
+    """The recipe."""
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=COUNT, default=15, metavar="N", help="passes over the training images (default: 15)")
+    add("--batch-size", type=COUNT, default=128, metavar="N",
+        help="images a batch, of all processes together (default: 128)")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="optimizer (default: adamw)")
+    add("--lr", type=RATE, default=3e-3, metavar="RATE", help="highest learning rate, per step (default: 0.003)")
+    add("--weight-decay", type=number(float, 0), default=1e-4, metavar="W", help="weight decay (default: 0.0001)")
+    add("--schedule", choices=SCHEDULES, default="onecycle", help="course of the learning rate (default: onecycle)")
+    add("--warmup-epochs", type=number(float, 0), default=0.0, metavar="E",
+        help="epochs of linear warm-up (default: 0; onecycle: 30%% of all)")
+    add("--label-smoothing", type=SHARE, default=0.0, metavar="S",
+        help="share of the target spread over all classes (default: 0)")
+    add("--clip-norm", type=RATE, metavar="NORM", help="largest norm of the gradient (default: none)")
+    add("--clip-value", type=RATE, metavar="V", help="largest entry of the gradient (default: none)")
+    add("--accumulate", type=COUNT, default=1, metavar="N", help="batches whose gradients make one step (default: 1)")
+    add("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
+        help="judge and keep averaged weights with this decay, e.g. 0.999 (default: 0, none)")
+
+
+def add_speed_options(parser: Parser) -> None:
+    """Where and in which precision."""
+    add = parser.add_argument_group("precision and speed").add_argument
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps or xpu (default: auto)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="auto: bf16 where the hardware computes in it, else fp32 (default: auto)")
+    add("--compile", nargs="?", const=True, default=False, choices=(True, *COMPILE_MODES), metavar="MODE",
+        help=f"torch.compile, in a mode of {', '.join(COMPILE_MODES)} (default: off)")
+
+
+def add_stopping_options(parser: Parser) -> None:
+    """When to stop."""
+    add = parser.add_argument_group("stopping").add_argument
+    add("--patience", type=number(int, 0), default=0, metavar="EPOCHS",
+        help="stop after so many epochs without a lower validation loss (default: 0, never)")
+    add("--min-delta", type=number(float, 0), default=0.0, metavar="D",
+        help="how much lower counts as lower (default: 0)")
+    add("--nan-policy", choices=("stop", "skip", "ignore"), default="stop",
+        help="what a NaN or infinite loss does (default: stop)")
+
+
+def add_run_options(parser: Parser, version: str) -> Any:
+    """Where a run goes and how it is repeated; returns the group, for a script's own additions."""
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--output", metavar="DIR", help="the run's directory (default: runs/DATASET-DATE-TIME)")
+    add("--resume", nargs="?", const=True, default=False, metavar="DIR",
+        help="continue the run in DIR (or in --output) with its own options (default: off)")
+    add("--overwrite", action="store_true", help="replace an earlier run in the directory (default: off)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="of every random choice (default: 42)")
+    add("--deterministic", action="store_true", help="deterministic kernels only (default: off)")
+    add("--save-every", type=COUNT, metavar="N", help="save every N optimizer steps (default: once per epoch)")
+    add("--keep", type=COUNT, default=3, metavar="N", help="checkpoints to keep beside the best (default: 3)")
+    add("--limit-batches", type=COUNT, metavar="N", help="train on the first N batches of each epoch (default: all)")
+    add("--quiet", action="store_true", help="print the result only (default: off)")
+    add("--debug", action="store_true", help="show tracebacks (default: off)")
+    add("--version", action="version", version=f"torchbasics {version}")
+    return group
+# fmt: on
+
+
+# --------------------------------------------------------------------------------------- the options of a continued run
+
+
+def check_resume(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """Settles which directory `--resume` means; ends the program if that is contradictory."""
+    if args.resume:
+        if args.resume is not True:
+            if args.output and Path(args.output) != Path(args.resume):
+                parser.error(f"--resume {args.resume} and --output {args.output} differ; give one directory")
+            args.output = args.resume
+        if not args.output:
+            parser.error("--resume needs the run's directory: --resume DIR")
+        if args.overwrite or getattr(args, "dry_run", False):
+            parser.error("--resume cannot go with --overwrite or --dry-run")
+    return args
+
+
+def recorded_options(
+    parser: Parser, argv: list[str] | None, args: argparse.Namespace, run: RunDirectory
+) -> argparse.Namespace:
+    """Those recorded in run.json, and those given now; ValueError for one that would change the run's course."""
+    recorded = run.info.get("arguments")
+    if not isinstance(recorded, dict) or not (recorded.keys() ^ vars(args).keys()) <= OF_ONE_SCRIPT:
+        raise ValueError(
+            f"{run.path / 'run.json'}: holds the options of another version of this script; "
+            "resume with that one, or start a new run"
+        )
+    recorded = {name: value for name, value in recorded.items() if name in vars(args)}
+    parser.set_defaults(**recorded)
+    merged = parser.parse_args(argv)
+    for name, value in recorded.items():
+        if name not in FREE_ON_RESUME and getattr(merged, name) != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(merged, name)} differs from the run's {value}; "
+                "leave it out to continue, or start a new run"
+            )
+    merged.output, merged.resume = args.output, True
+    return merged
+
+
+# ------------------------------------------------------------------------------------------------- errors in one line
+
+
+class MissingExtra(ImportError):
+    """An optional package is absent; the text names the command that installs it."""
+
+
+def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Takes the place of `warnings.showwarning`: one line."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def one_line(error: Exception) -> str:
+    """What, where and what to do, in one line."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # from a loader's worker: its last line is the error
+        text = text.splitlines()[-1].partition(": ")[2]
+    text = " ".join(text.split()) or type(error).__name__
+    if type(error) is ConnectionError:  # of a download; not a broken pipe
+        text += "; connect to the network, put the files under --data-dir, or use --dataset digits"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        text = (
+            f"{error.filename or 'the output directory'}: {error.strerror}; older checkpoints are intact, "
+            "make room or permit writing, then --resume"
+        )
+    if isinstance(error, (ValueError, OSError, ImportError, NonFiniteLoss)):
+        return text
+    return f"{type(error).__name__}: {text[:300]} (--debug shows where)"
+
+
+def exit_code(error: Exception) -> int:
+    """2 for bad input, 3 for an optional package that is missing, 1 for what failed at run time."""
+    if isinstance(error, MissingExtra):
+        return 3
+    return 2 if isinstance(error, (ValueError, FileNotFoundError)) or type(error) is ConnectionError else 1

@@ -1,0 +1,222 @@
+"""One model on many processes: DDP, FSDP, and the whole state of either in the form of a single process."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from torchbasics.checkpoint import bare_model, bare_state_dict, load_weights
+
+STRATEGIES = ("ddp", "fsdp")
+NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+# ---------------------------------------------------------------------------------------------------------- strategies
+
+
+def replicate(
+    model: nn.Module, device: torch.device, *, sync_bn: bool = False, static: bool = True
+) -> DistributedDataParallel:
+    """`model`, which lies on `device`, as DistributedDataParallel: a copy a process, gradients averaged.
+
+    `sync_bn` takes BatchNorm's statistics over all processes (torch's SyncBatchNorm, on accelerators only; ValueError
+    elsewhere). `static`: each step uses the same parameters once. BatchNorm's running statistics stay each process's
+    own; rank 0's are those that count (`share_buffers`).
+    """
+    if sync_bn:
+        if device.type == "cpu":
+            raise ValueError("--sync-bn: torch's SyncBatchNorm needs an accelerator; leave it out on the CPU")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # torch 2.15 has renamed the option: before each forward nothing is sent; at the start all get rank 0's
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    if device.type != "cpu":
+        options["device_ids"] = [device]
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static, **options)
+
+
+def shard(model: nn.Module, device: torch.device, precision: str = "fp32") -> nn.Module:
+    """`model` with its parameters, gradients and optimizer state split among all processes (torch's FSDP2), by block.
+
+    A block is a child of the model, or a member of a list of modules in it. With `bf16` blocks compute and communicate
+    in bfloat16, gradients are added up in float32; normalisation layers stay in float32, as their running statistics do.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if precision == "bf16" else MixedPrecisionPolicy()
+    if precision == "bf16":
+        for module in model.modules():
+            if isinstance(module, NORMALISATIONS):
+                fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy())
+    for block in _blocks(model):
+        if any(True for _ in block.parameters()) and not isinstance(block, NORMALISATIONS):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The children of `model`; of a list of modules, which is never called itself, its members."""
+    for child in model.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _blocks(child)
+        else:
+            yield child
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `model` came from `shard`."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+@contextlib.contextmanager
+def gradient_exchange(model: nn.Module, wanted: bool) -> Any:
+    """Inside, backward exchanges gradients with the other processes only if `wanted`; without others: nothing."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
+        yield
+    elif isinstance(model, DistributedDataParallel) and not wanted:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def share_buffers(*models: nn.Module | None) -> None:
+    """Rank 0's buffers (BatchNorm's running statistics) for all processes: what is judged is then what is saved."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for model in models:
+            for buffer in bare_model(model).buffers() if model is not None else ():
+                dist.broadcast(buffer, src=0)
+
+
+class GradientClock:
+    """Counts the `seconds` in which DDP's gradients are under way: waiting for slower processes, and the exchange.
+
+    `bf16` sends them in bfloat16. Measured on the CPU only: an accelerator's clock is not read, there it stays 0.
+    """
+
+    def __init__(self, model: DistributedDataParallel, device: torch.device, bf16: bool = False) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        self.seconds, self._until = 0.0, 0.0
+        exchange = default_hooks.bf16_compress_hook if bf16 else default_hooks.allreduce_hook
+
+        def timed(state, bucket):  # type: ignore[no-untyped-def]  # DDP would look at annotations, as classes
+            began = time.perf_counter()
+            future = exchange(dist.group.WORLD, bucket)
+            return future.then(lambda done: self._stop(began, done.value())) if device.type == "cpu" else future
+
+        model.register_comm_hook(None, timed)
+
+    def _stop(self, began: float, value: Any) -> Tensor:
+        now = time.perf_counter()
+        self.seconds += now - max(began, self._until)  # buckets overlap
+        self._until = now
+        return value[0] if isinstance(value, (list, tuple)) else value
+
+
+# ------------------------------------------------------------------------------------ the state, as of a single process
+
+
+def full_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dicts of model and optimizer as one process without wrappers has them.
+
+    Of a sharded model it is gathered, on the CPU, by all processes together, and only rank 0 gets it.
+    """
+    if not is_sharded(model):
+        return bare_state_dict(model), optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = get_state_dict(model, optimizer, options=whole)
+    weights: dict[str, Any] = found[0]
+    return (weights, _by_index(found[1])) if dist.get_rank() == 0 else ({}, {})
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The first part of `full_state`."""
+    if not is_sharded(model):
+        return bare_state_dict(model)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    weights: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return weights
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Loads the optimizer's part of `full_state`, which every process has, for a model of any strategy."""
+    if not is_sharded(model):
+        optimizer.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    named = _by_name(state, [names[id(p)] for group in optimizer.param_groups for p in group["params"]])
+    set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+
+
+def own_parameters(model: nn.Module) -> list[Tensor]:
+    """The parameters as far as they lie on this process."""
+    return [p.to_local() if is_sharded(model) else p for p in model.parameters()]  # type: ignore[attr-defined]
+
+
+def load_full_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """`load_weights` for a model of any strategy. Raises CheckpointError for weights of another model."""
+    if not is_sharded(model):
+        load_weights(model, weights, where)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    check = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()}
+    load_weights(_Shapes(model), check, where)
+    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
+
+
+class _Shapes(nn.Module):
+    """Names, shapes and types of a sharded model's state, without its values, to compare a checkpoint with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.own = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            for name, tensor in model.state_dict().items()
+        }
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.own
+
+
+def _by_index(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state by parameter names → by their numbers, as a plain optimizer has it."""
+    numbers = {name: i for i, name in enumerate(name for group in state["param_groups"] for name in group["params"])}
+    return {
+        "state": {numbers[name]: entry for name, entry in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+def _by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The reverse of `_by_index`; `names` in the order in which the optimizer was given the parameters."""
+    return {
+        "state": {names[number]: entry for number, entry in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
