@@ -217,25 +217,18 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
     began = time.monotonic()
     threads = distributed.set_threads()
     distributed.introduce_host()
-
-    def open_run() -> tuple[argparse.Namespace, Path]:  # on rank 0 alone, which alone writes
-        output = Path(args.output or unused_directory("ddp" if args.dataset == "auto" else args.dataset))
-        fresh = args.resume and distributed.restarts() and not (output / "run.json").is_file()
-        held.append(stack.enter_context(
-            tb.RunDirectory(output, resume=bool(args.resume) and not fresh, overwrite=args.overwrite)))
-        resumed = args.resume and not fresh
-        return (options.recorded_options(make_parser(), argv, args, held[0]) if resumed else args), output
-
-    held: list[tb.RunDirectory] = []
-    args, output = distributed.on_main(open_run)
-    run = held[0] if held else None
+    run = None
+    if distributed.is_main():  # which alone writes
+        run, args = open_run(args, argv, stack)
+    args = distributed.broadcast_object(args)
+    checkpoints = Path(args.output) / "checkpoints"
     tb.set_seed(args.seed, args.deterministic)
     data = make_loaders(
         args.dataset, args.data_dir, args.batch_size, val_size=args.val_size, augment=args.augment,
         image_size=args.image_size, num_workers=args.num_workers, seed=args.seed, limit_batches=args.limit_batches,
         device=device)
     distributed.barrier()  # who had to download is waited for, before any clock runs
-    trainer, clock = build_trainer(args, data, device, output / "checkpoints")
+    trainer, clock = build_trainer(args, data, device, checkpoints)
     start = trainer.resume() if args.resume else None
     processes = name_processes(device, threads)
     report = begin_report(args, data, trainer, run, start, processes) if run is not None else None
@@ -248,7 +241,7 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
             report.count(trainer, trainer.batch)  # a part of an epoch is time too
             report.run.write_info()
         raise
-    result: dict[str, Any] = judge(trainer, data, output / "checkpoints" / "best.pt")[0]
+    result: dict[str, Any] = judge(trainer, data, checkpoints / "best.pt")[0]
     if run is not None:
         result |= summary(args, data, trainer, run) | {"total_seconds": time.monotonic() - began}
         run.write_info(result=result)
@@ -256,6 +249,17 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
         print_result(result, run, data.notice, launcher)
     distributed.barrier()
     return 0
+
+
+def open_run(
+    args: argparse.Namespace, argv: list[str] | None, stack: contextlib.ExitStack) -> tuple[tb.RunDirectory, Any]:
+    """The run's directory, and the options of the run that is continued, or those given."""
+    output = Path(args.output or unused_directory("ddp" if args.dataset == "auto" else args.dataset))
+    # killed before it had written anything, a restarted job begins anew
+    resume = bool(args.resume) and not (distributed.restarts() and not (output / "run.json").is_file())
+    run = stack.enter_context(tb.RunDirectory(output, resume=resume, overwrite=args.overwrite))
+    args.output = str(output)
+    return run, options.recorded_options(make_parser(), argv, args, run) if resume else args
 
 
 def begin_report(

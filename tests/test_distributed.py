@@ -1,91 +1,371 @@
-"""One process: nothing happens. Two processes: the sums and the ranks are right, on each."""
+"""One process: nothing happens. Many: the values, ranks, limits and messages are right, on each.
+
+The functions whose first argument is `rank` run in each process of a group (tests/processes.py).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import tempfile
 import time
 import unittest
-import warnings
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+from tests.processes import in_processes, needs_processes, outcomes
 from torchbasics import distributed
+from torchbasics.distributed import OtherRankFailed
+from torchbasics.evaluation import RunningMeans
+
+CPU = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def launched(**more: Any) -> Iterator[None]:
+    """torchrun's variables, for process 0 of 2 if nothing else is given; None takes one away."""
+    own = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", **more}
+    names = {*own, "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "OMP_NUM_THREADS"}
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    given = {name: str(value) for name, value in own.items() if value is not None}
+    with mock.patch.dict(os.environ, rest | given, clear=True):
+        yield
+
+
+@contextlib.contextmanager
+def taken_port(listening: bool = True) -> Iterator[int]:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        if listening:
+            other.listen()
+        yield other.getsockname()[1]
+
+
+def free_port() -> int:
+    with taken_port() as port:
+        return port
 
 
 class OneProcess(unittest.TestCase):
     def test_it_is_main_of_one(self) -> None:
         self.assertFalse(distributed.is_distributed())
         self.assertEqual((distributed.rank(), distributed.world_size(), distributed.is_main()), (0, 1, True))
+        found = (distributed.rank_in_environment(), distributed.local_rank(), distributed.local_world_size())
+        self.assertEqual(found, (0, 0, 1))
+        self.assertEqual((distributed.is_launched(), distributed.restarts()), (False, 0))
+
+    def test_nothing_is_exchanged(self) -> None:
         distributed.barrier()
+        distributed.introduce_host()
         values = torch.tensor([1.0, 2.0])
         self.assertIs(distributed.all_reduce_sums(values), values)
+        self.assertEqual(distributed.all_gather([1, 2.5]), [[1, 2.5]])
+        self.assertEqual(distributed.gather_objects("mine"), ["mine"])
+        self.assertEqual(distributed.broadcast_object("mine"), "mine")
+        self.assertEqual(distributed.on_main(lambda: 7), 7)
+        with self.assertRaises(KeyError):
+            distributed.on_main(lambda: {}["absent"])
+        self.assertEqual(distributed.first_cause(RuntimeError("gloo"), "text"), "text")
+
+    def test_the_group_is_none(self) -> None:
+        with distributed.process_group(CPU):
+            self.assertFalse(distributed.is_distributed())
 
     def test_the_environment_alone_makes_no_group(self) -> None:
-        with mock.patch.dict(os.environ, {"RANK": "3", "WORLD_SIZE": "8"}):
+        with launched(RANK=3, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=4, TORCHELASTIC_RESTART_COUNT=2):
             self.assertEqual((distributed.rank(), distributed.world_size()), (0, 1))
+            found = (distributed.rank_in_environment(), distributed.local_rank(), distributed.local_world_size())
+            self.assertEqual(found, (3, 1, 4))
+            self.assertEqual((distributed.is_launched(), distributed.restarts()), (True, 2))
+
+    def test_a_group_of_one_under_torchrun(self) -> None:
+        with launched(WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, MASTER_PORT=free_port()):
+            with self.assertRaisesRegex(KeyError, "of the caller"), distributed.process_group(CPU, 5.0):
+                self.assertTrue(distributed.is_distributed())
+                self.assertEqual((distributed.rank(), distributed.world_size()), (0, 1))
+                raise KeyError("of the caller")
+            self.assertFalse(distributed.is_distributed())  # ended, whatever happened in it
+            self.assertIsNone(distributed._store)
 
 
-def in_processes(count: int, folder: str, work: Callable[[int], None]) -> list[int]:
-    """Runs `work(rank)` in `count` forked processes of one gloo group; returns their exit codes."""
-    children = []
-    for rank in range(count):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python 3.12 warns of forking with threads
-            child = os.fork()
-        if not child:
-            code = 1
-            try:
-                signal.alarm(30)
-                dist.init_process_group(
-                    "gloo",
-                    init_method=f"file://{folder}/store",
-                    rank=rank,
-                    world_size=count,
-                    timeout=timedelta(seconds=20),
-                )
-                work(rank)
-                dist.destroy_process_group()
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+class SetUp(unittest.TestCase):
+    def refused(self, error: type[Exception], pattern: str, timeout: float = 1.0, device: str = "cpu") -> None:
+        began = time.monotonic()
+        with self.assertRaisesRegex(error, pattern), distributed.process_group(torch.device(device), timeout):
+            self.fail("it must not begin")
+        self.assertLess(time.monotonic() - began, timeout + 4)
+        self.assertFalse(distributed.is_distributed())
+
+    def test_what_is_missing_is_named(self) -> None:
+        with launched(LOCAL_RANK=None, MASTER_ADDR=None):
+            self.refused(ValueError, "but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start with torchrun, or unset RANK")
+        with launched():
+            self.refused(ValueError, "but not MASTER_PORT;")
+
+    def test_the_port_is_taken(self) -> None:
+        with taken_port() as port, launched(MASTER_PORT=port):
+            self.refused(OSError, f"^127.0.0.1:{port}: .*the port is taken; choose another MASTER_PORT")
+
+    def test_the_others_do_not_come(self) -> None:
+        pattern = "the processes did not find each other .not all came within 1 s; .*raise --timeout"
+        with launched(MASTER_PORT=free_port()):
+            self.refused(OSError, pattern)
+        with launched(RANK=1, MASTER_PORT=free_port()):  # and nobody is at the address
+            self.refused(OSError, pattern)
+
+    def test_nonsense_in_the_environment_is_one_line(self) -> None:
+        with launched(RANK="first", MASTER_PORT=free_port()):
+            self.refused(OSError, "^127.0.0.1:.*first[^\n]*$")
+
+    def test_devices_that_one_process_only_can_use(self) -> None:
+        with launched(MASTER_PORT=free_port()):
+            self.refused(ValueError, "mps cannot be used by several processes; use --device cpu or cuda", device="mps")
 
 
-@unittest.skipUnless(hasattr(os, "fork") and dist.is_available() and dist.is_gloo_available(), "needs fork and gloo")
+class OwnDevice(unittest.TestCase):
+    """With two CUDA devices that are not there."""
+
+    def setUp(self) -> None:
+        for patch in (
+            mock.patch.object(torch.cuda, "device_count", lambda: 2),
+            mock.patch.object(torch.cuda, "set_device", lambda device: self.chosen.append(device)),
+        ):
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.chosen: list[torch.device] = []
+
+    def test_one_process_has_what_it_names(self) -> None:
+        for name in ("cpu", "cuda", "cuda:1"):
+            self.assertEqual(distributed.own_device(torch.device(name)), torch.device(name))
+        with launched(WORLD_SIZE=1, LOCAL_WORLD_SIZE=1):
+            self.assertEqual(distributed.own_device(torch.device("cuda:1")), torch.device("cuda:1"))
+
+    def test_many_have_one_each(self) -> None:
+        with launched(LOCAL_RANK=1, RANK=5, WORLD_SIZE=8):  # by its number on the machine
+            self.assertEqual(distributed.own_device(torch.device("cuda")), torch.device("cuda:1"))
+            self.assertEqual(self.chosen, [torch.device("cuda:1")])
+            self.assertEqual(distributed.own_device(CPU), CPU)
+
+    def test_too_few(self) -> None:
+        with launched(LOCAL_RANK=2), self.assertRaisesRegex(
+            ValueError, r"process 2 of this machine has no cuda device \(2 there\); start --nproc-per-node=2"
+        ):
+            distributed.own_device(torch.device("cuda"))
+
+    def test_one_for_all(self) -> None:
+        with launched(), self.assertRaisesRegex(ValueError, "cuda:0 is one device for 2 processes; leave the index"):
+            distributed.own_device(torch.device("cuda:0"))
+
+
+class Threads(unittest.TestCase):
+    def setUp(self) -> None:
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(2)
+
+    def chosen(self, cores: int, by_user: bool, **variables: Any) -> tuple[str, int]:
+        with (
+            launched(**variables),
+            mock.patch.object(os, "sched_getaffinity", lambda _: set(range(cores)), create=True),
+            mock.patch.object(distributed, "_user_has_set", lambda name: by_user),
+        ):
+            return distributed.set_threads(), torch.get_num_threads()
+
+    def test_a_share_of_the_cores(self) -> None:
+        self.assertEqual(self.chosen(8, False), ("4 of 8 cores each", 4))
+        self.assertEqual(self.chosen(7, False), ("3 of 7 cores each", 3))
+        self.assertEqual(self.chosen(1, False, LOCAL_WORLD_SIZE=3), ("1 of 1 cores each", 1))
+        # torchrun sets it for several processes: not the user's will
+        self.assertEqual(self.chosen(6, False, OMP_NUM_THREADS=1), ("3 of 6 cores each", 3))
+
+    def test_the_user_is_respected(self) -> None:
+        self.assertEqual(self.chosen(8, True, OMP_NUM_THREADS=2), ("2 threads each (OMP_NUM_THREADS)", 2))
+
+    def test_one_process_keeps_what_torch_chose(self) -> None:
+        self.assertEqual(self.chosen(8, False, LOCAL_WORLD_SIZE=1), ("2 threads each", 2))
+        torch.set_num_threads(1)
+        self.assertEqual(self.chosen(8, False, LOCAL_WORLD_SIZE=1), ("1 thread each", 1))
+
+    def test_whose_will_it_is_stands_in_the_environment_of_the_launcher(self) -> None:
+        for content, expected in (
+            (b"HOME=/\0OMP_NUM_THREADS=1\0", True),
+            (b"HOME=/\0NOT_OMP_NUM_THREADS=1\0", False),
+            (b"", False),
+        ):
+            with mock.patch.object(Path, "read_bytes", lambda path, content=content: content):
+                self.assertEqual(distributed._user_has_set("OMP_NUM_THREADS"), expected)
+        with mock.patch.object(Path, "read_bytes", side_effect=PermissionError):  # where that cannot be seen
+            for value, expected in ((None, False), (1, False), (4, True)):
+                with launched(OMP_NUM_THREADS=value):
+                    self.assertEqual(distributed._user_has_set("OMP_NUM_THREADS"), expected)
+
+
+# ----------------------------------------------------------------------------------------------------- many processes
+
+
+def exchange(rank: int) -> dict[str, Any]:
+    """Each function once."""
+    values = torch.tensor([1.0 + rank, 10.0 * rank], dtype=torch.float64)
+    means = RunningMeans(0.1 * (rank + 1), 2**52 + rank, rank, 2 * rank)
+    reduced = means.reduced()
+    return {
+        "who": [distributed.is_distributed(), distributed.rank(), distributed.world_size(), distributed.is_main()],
+        "sums": distributed.all_reduce_sums(values).tolist(),
+        "values": values.tolist(),
+        "counts": distributed.all_reduce_sums(torch.tensor([2**60 + rank])).tolist(),
+        "gathered": distributed.all_gather([rank, 2**53 - 1, 0.1]),
+        "objects": distributed.gather_objects({"rank": rank, "tensor": torch.full((2,), rank)}),
+        "broadcast": distributed.broadcast_object(["of", rank]),
+        "on_main": distributed.on_main(lambda: f"by {rank}"),
+        "means": reduced.state_dict(),
+        "own": means.samples,
+        "backend": dist.get_backend(),
+    }
+
+
+def late(rank: int, mark: str) -> bool:
+    if rank == 1:
+        time.sleep(0.3)  # who does not wait is through by now
+        Path(mark).touch()
+    distributed.barrier()
+    return Path(mark).exists()
+
+
+def failing_main(rank: int) -> list[Any]:
+    """Rank 0 raises in what it does for all; afterwards all are still together."""
+
+    def work() -> None:
+        raise KeyError(f"of {rank}")
+
+    caught = "nothing"
+    try:
+        distributed.on_main(work)
+    except (KeyError, OtherRankFailed) as error:
+        caught = f"{type(error).__name__}: {error}"
+        said = distributed.first_cause(error, "text")
+    return [caught, said, distributed.all_gather([rank])]
+
+
+@needs_processes
 class ManyProcesses(unittest.TestCase):
-    def test_ranks_and_sums(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-
-            def work(rank: int) -> None:
-                assert distributed.is_distributed()
-                assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (rank, 2, rank == 0)
-                values = torch.tensor([1.0 + rank, 10.0 * rank], dtype=torch.float64)
-                sums = distributed.all_reduce_sums(values)
-                assert sums.tolist() == [3.0, 10.0], sums
-                assert values.tolist() == [1.0 + rank, 10.0 * rank], "the caller's values stay"
-
-            self.assertEqual(in_processes(2, folder, work), [0, 0])
+    def test_values(self) -> None:
+        for world_size in (2, 3):
+            for rank, found in enumerate(in_processes(world_size, exchange)):
+                ranks = range(world_size)
+                self.assertEqual(found["who"], [True, rank, world_size, rank == 0])
+                self.assertEqual(found["sums"], [sum(1.0 + r for r in ranks), sum(10.0 * r for r in ranks)])
+                self.assertEqual(found["values"], [1.0 + rank, 10.0 * rank], "the caller's values stay")
+                self.assertEqual(found["counts"], [world_size * 2**60 + sum(ranks)])  # whole numbers, exactly
+                self.assertEqual(found["gathered"], [[r, 2**53 - 1, 0.1] for r in ranks])
+                self.assertEqual([one["rank"] for one in found["objects"]], list(ranks))
+                self.assertEqual([one["tensor"].tolist() for one in found["objects"]], [[r, r] for r in ranks])
+                self.assertEqual((found["broadcast"], found["on_main"]), (["of", 0], "by 0"))
+                self.assertEqual(found["means"]["samples"], world_size * 2**52 + sum(ranks))
+                self.assertEqual((found["means"]["correct"], found["means"]["predictions"]), (sum(ranks), 2 * sum(ranks)))
+                self.assertAlmostEqual(found["means"]["loss_sum"], sum(0.1 * (r + 1) for r in ranks), places=15)
+                self.assertEqual(found["own"], 2**52 + rank)
+                self.assertEqual(found["backend"], "gloo")
 
     def test_the_barrier_waits(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            mark = Path(folder) / "written by 1"
+            self.assertEqual(in_processes(2, late, f"{folder}/written by 1"), [True, True])
 
-            def work(rank: int) -> None:
-                if rank == 1:
-                    time.sleep(0.3)  # who does not wait is through by now
-                    mark.touch()
-                distributed.barrier()
-                assert mark.exists()
+    def test_what_fails_on_rank_0_fails_on_all(self) -> None:
+        here = f"rank 0 of 3 ({socket.gethostname()}): text"
+        found = in_processes(3, failing_main)
+        self.assertEqual(found[0][:2], ["KeyError: 'of 0'", here])
+        self.assertEqual([one[:2] for one in found[1:]], [["OtherRankFailed: rank 0 failed", None]] * 2)
+        self.assertEqual([one[2] for one in found], [[[0], [1], [2]]] * 3)
 
-            self.assertEqual(in_processes(2, folder, work), [0, 0])
+
+# ---------------------------------------------------------------------------------------------------- who failed first
+
+
+def fail(rank: int, how: str) -> str | None:
+    """Rank 1 fails; what each that is left says of it."""
+    distributed.introduce_host()
+    pids = distributed.gather_objects(os.getpid())
+    said: str | None = "nothing failed"
+    try:
+        if rank == 1 and how == "raise":
+            raise ValueError("of rank 1")
+        if rank == 1 and how in ("SIGKILL", "SIGSTOP"):
+            os.kill(os.getpid(), getattr(signal, how))
+        distributed.barrier()
+        if how == "together":
+            raise RuntimeError("Connection closed by peer")
+    except Exception as error:
+        said = distributed.first_cause(error, str(error).splitlines()[0][:40], patience=0.5)
+    finally:
+        if rank == 0 and how == "SIGSTOP":
+            os.kill(pids[1], signal.SIGKILL)
+    return said
+
+
+def lose_store(rank: int) -> str | None:
+    """Rank 0, in which the store is, is killed."""
+    distributed.barrier()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        distributed.barrier()
+    except RuntimeError as error:
+        return distributed.first_cause(error, "text", patience=0.2)
+    return "nothing failed"
+
+
+@needs_processes
+class FirstCause(unittest.TestCase):
+    HOST = f"({socket.gethostname()})"
+
+    def said(self, count: int, how: str, **options: Any) -> list[str | None]:
+        began = time.monotonic()
+        found = outcomes(count, fail, how, **options)
+        self.assertLess(time.monotonic() - began, 25)
+        for rank, one in enumerate(found):
+            killed = rank == 1 and how.startswith("SIG")
+            self.assertEqual(one.code, -signal.SIGKILL if killed else 0, one.trace)
+        return [one.result for one in found]
+
+    def test_who_raises_says_so_and_nobody_else(self) -> None:
+        self.assertEqual(self.said(3, "raise"), [None, f"rank 1 of 3 {self.HOST}: of rank 1", None])
+
+    def test_who_was_killed_is_named_once(self) -> None:
+        spoken = [text for text in self.said(3, "SIGKILL") if text is not None]
+        self.assertEqual(len(spoken), 1)
+        self.assertRegex(spoken[0], rf"^rank [02] of 3 \S+: no answer from rank 1 \({socket.gethostname()}\)$")
+
+    def test_who_hangs_is_named(self) -> None:
+        found = self.said(2, "SIGSTOP", timeout=2.0)
+        self.assertEqual(found, [f"rank 0 of 2 {self.HOST}: no answer from rank 1 {self.HOST}", None])
+
+    def test_contact_is_lost_but_all_are_there(self) -> None:
+        spoken = [text for text in self.said(2, "together") if text is not None]
+        self.assertEqual(len(spoken), 1)
+        self.assertRegex(spoken[0], "lost contact with the other processes .Connection closed by peer")
+
+    def test_the_store_is_gone(self) -> None:
+        options = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
+        first, second = outcomes(2, lose_store, **options)
+        self.assertEqual((first.code, second.code), (-signal.SIGKILL, 0), second.trace)
+        self.assertRegex(second.result, f"^rank 1 of 2 .*: .*; the job's store is gone as well$")
+
+    def test_what_is_a_consequence_only(self) -> None:
+        for error, expected in (
+            (RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2"), True),
+            (RuntimeError("NCCL error: remote process exited"), True),
+            (dist.DistNetworkError("broken"), True),
+            (dist.DistBackendError("broken"), True),
+            (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+            (ValueError("the folder gloo is empty"), False),
+        ):
+            self.assertEqual(distributed.is_lost_contact(error), expected, error)
 
 
 if __name__ == "__main__":
