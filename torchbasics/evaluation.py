@@ -128,12 +128,13 @@ def tree_map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode and without gradients; afterwards every module is in the mode it was in."""
+def evaluation_mode(model: nn.Module, grad: bool = False) -> Iterator[None]:
+    """`model` in evaluation mode, without gradients or with; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():  # not inference_mode: a tensor that the model caches must serve training too
+        # not inference_mode: a tensor that the model caches must serve training too
+        with torch.set_grad_enabled(grad):
             yield
     finally:
         for module in training:

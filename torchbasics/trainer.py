@@ -6,6 +6,7 @@ several processes each has its part of every batch, perhaps an empty one; all ta
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -27,6 +28,7 @@ from torchbasics.evaluation import (
     BatchResult,
     RunningMeans,
     evaluate,
+    evaluation_mode,
     forward,
     model_device,
     outputs_of,
@@ -209,14 +211,14 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.nan_policy == "skip" else []
         results = []
         for i, (inputs, targets) in enumerate(window, start=1):
-            self.model.train(len(targets) > 0)  # BatchNorm can't learn from no sample
-            with parallel.gradient_exchange(self.model, wanted=i == len(window)):
+            # BatchNorm cannot learn from no sample
+            mode = contextlib.nullcontext() if len(targets) else evaluation_mode(self.model, grad=True)
+            with mode, parallel.gradient_exchange(self.model, wanted=i == len(window)):
                 loss, result = forward(self.model, self.criterion, inputs, targets, self.precision)
                 if len(targets) < samples:  # parts may be unequal: each counts by its samples; DDP takes the mean
                     loss = loss * (len(targets) * distributed.world_size() / samples)
                 self.scaler.scale(loss).backward()
             results.append(result)
-        self.model.train()
         if self._finite_now(results):
             self._running.add(results)
             if self._optimizer_step():
