@@ -127,14 +127,24 @@ def tree_map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
+def with_empty_batches(loader: Iterable) -> Iterator:
+    """The batches of `loader`, then empty ones, until no process has any more."""
+    empty = None
+    for batch in itertools.chain(loader, itertools.repeat(None)):
+        if not any(has_one for (has_one,) in distributed.all_gather([batch is not None])):
+            return
+        if batch is not None:
+            empty = tree_map(lambda part: part[:0], batch)
+        yield empty if batch is None else batch
+
+
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module, grad: bool = False) -> Iterator[None]:
-    """`model` in evaluation mode, without gradients or with; afterwards every module is in the mode it was in."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode and without gradients; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        # not inference_mode: a tensor that the model caches must serve training too
-        with torch.set_grad_enabled(grad):
+        with torch.no_grad():  # not inference_mode: a tensor that the model caches must serve training too
             yield
     finally:
         for module in training:

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torchbasics.checkpoint import bare_model, bare_state_dict, load_weights
 
 STRATEGIES = ("ddp", "fsdp")
-NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+BatchNorm = nn.modules.batchnorm._BatchNorm
+NORMALISATIONS = (BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 # ---------------------------------------------------------------------------------------------------------- strategies
@@ -92,6 +93,21 @@ def gradient_exchange(model: nn.Module, wanted: bool) -> Any:
             yield
     else:
         yield
+
+
+@contextlib.contextmanager
+def kept_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm learns nothing: of a batch without samples it would learn NaN. SyncBatchNorm knows better."""
+    learning = [
+        module
+        for module in model.modules()
+        if isinstance(module, BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and module.training
+    ]
+    for module in learning:
+        module.training = False
+    yield
+    for module in learning:
+        module.training = True
 
 
 def share_buffers(*models: nn.Module | None) -> None:

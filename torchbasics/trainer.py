@@ -28,12 +28,12 @@ from torchbasics.evaluation import (
     BatchResult,
     RunningMeans,
     evaluate,
-    evaluation_mode,
     forward,
     model_device,
     outputs_of,
     to_device,
     tree_map,
+    with_empty_batches,
 )
 from torchbasics.interrupts import Interrupted, SignalNote
 from torchbasics.position import LoaderPosition, go_to
@@ -211,12 +211,13 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.nan_policy == "skip" else []
         results = []
         for i, (inputs, targets) in enumerate(window, start=1):
-            # BatchNorm cannot learn from no sample
-            mode = contextlib.nullcontext() if len(targets) else evaluation_mode(self.model, grad=True)
-            with mode, parallel.gradient_exchange(self.model, wanted=i == len(window)):
+            own = contextlib.nullcontext() if len(targets) else parallel.kept_statistics(self.model)
+            with own, parallel.gradient_exchange(self.model, wanted=i == len(window)):
                 loss, result = forward(self.model, self.criterion, inputs, targets, self.precision)
-                if len(targets) < samples:  # parts may be unequal: each counts by its samples; DDP takes the mean
-                    loss = loss * (len(targets) * distributed.world_size() / samples)
+                # DDP takes the mean over the processes
+                share = len(targets) * distributed.world_size() / max(samples, 1)
+                if share != 1:  # micro-batches and processes' parts may be unequal: each counts by its samples
+                    loss = loss * share
                 self.scaler.scale(loss).backward()
             results.append(result)
         if self._finite_now(results):
@@ -292,7 +293,8 @@ class Trainer:
         Of all processes' samples together. Changes no weight and no random state.
         """
         parallel.share_buffers(self.model, self.averages)
-        return evaluate(self.evaluated_model, loader, self.criterion, self.device, reduce=True, **self._numbers)
+        model = self.evaluated_model
+        return evaluate(model, self._in_step(loader), self.criterion, self.device, reduce=True, **self._numbers)
 
     def predict(self, loader: Iterable) -> Tensor:
         """The outputs for all batches of `loader`, (N, …) float32 on the CPU, from the model that is validated.
@@ -300,7 +302,7 @@ class Trainer:
         Of several processes each gets those of its own part.
         """
         parallel.share_buffers(self.model, self.averages)
-        return outputs_of(self.evaluated_model, loader, self.device, **self._numbers)
+        return outputs_of(self.evaluated_model, self._in_step(loader), self.device, **self._numbers)
 
     # ------------------------------------------------------------------------------------------------------- its parts
 
@@ -323,6 +325,10 @@ class Trainer:
             if not length:
                 return
             yield window, samples
+
+    def _in_step(self, loader: Iterable) -> Iterable:
+        """`loader`; a sharded model needs all processes at each forward, so there who has less gets empty batches."""
+        return with_empty_batches(loader) if parallel.is_sharded(self.model) else loader
 
     def _agree_on(self, samples: int, length: int) -> tuple[int, int]:
         """Of all processes: samples in their windows, length of the longest, and a signal that one of them noted."""
@@ -418,7 +424,11 @@ class Trainer:
         """All that the run depends on, as tensors and plain values; `load_state_dict` goes on from it exactly."""
         self._read_losses()
         weights, optimizer = parallel.full_state(self.model, self.optimizer)
-        own = {"random_state": random_state(self.device), "running": self._running.state_dict()}
+        own = {
+            "random_state": random_state(self.device),
+            "running": self._running.state_dict(),
+            "position": self._position.state_dict(),
+        }
         ranks = distributed.gather_objects(own)
         optional = {
             "scheduler_state_dict": self.scheduler,
@@ -444,7 +454,7 @@ class Trainer:
             "metadata": self.metadata,
             "random_state": ranks[0]["random_state"],
             "ranks": ranks if len(ranks) > 1 else [],  # for a resume with as many processes
-            "position": self._position.state_dict(),
+            "position": ranks[0]["position"],
             "kinds": self._kinds(),
         }
 
@@ -482,7 +492,7 @@ class Trainer:
             for name in ("epoch", "step", "batch", "skipped", "best_score", "best_epoch"):
                 setattr(self, name, state[name])
             self._first_epoch, self._resumed_random_state = state["first_epoch"], own["random_state"]
-            self._position.load_state_dict(state["position"])
+            self._position.load_state_dict(own["position"])
             set_random_state(own["random_state"], self.device)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
@@ -499,7 +509,7 @@ class Trainer:
             random = branched_random_state(state["random_state"], number, self.device)
         else:
             random = ranks[number]["random_state"] if ranks else state["random_state"]
-        return {"running": running, "random_state": random}
+        return {"running": running, "random_state": random, "position": state["position"]}
 
     def load_evaluated(self, weights: dict[str, Tensor], where: str = "checkpoint") -> None:
         """Loads `weights` (of a `best.pt`) into the model that `validate` and `predict` use."""
