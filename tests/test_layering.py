@@ -14,7 +14,7 @@ PACKAGE = ROOT / "torchbasics"
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 MAY_IMPORT = {
-    "trainer": {"checkpoint", "distributed", "device", "monitors", "evaluation", "position", "interrupts", "parallel"},
+    "trainer": {"checkpoint", "distributed", "device", "nonfinite", "evaluation", "position", "interrupts", "parallel"},
     "evaluation": {"device", "distributed"},
     "parallel": {"checkpoint"},
     # what the training scripts share stands on all of the rest

@@ -522,6 +522,19 @@ class Averages(TrainerCase):
 
 
 class NonFinite(TrainerCase):
+    def test_the_module_that_made_it_is_named_and_nothing_is_changed_by_looking(self) -> None:
+        class Divide(nn.Module):
+            def forward(self, values: Tensor) -> Tensor:
+                return values / (values[:, :1] - values[:, :1])
+
+        model = nn.Sequential(nn.Linear(4, 3), Divide(), nn.Linear(3, 2))
+        before = copy.deepcopy(model.state_dict())
+        trainer = Trainer(model, nn.CrossEntropyLoss(), sgd(model))
+        with self.assertRaisesRegex(NonFiniteLoss, r"epoch 1, batch 1, after 0 steps \(module '1' \(Divide\) made"):
+            trainer.fit([(torch.ones(5, 4), torch.zeros(5, dtype=torch.int64))], num_epochs=1, verbose=False)
+        for name, tensor in model.state_dict().items():
+            self.assertTrue(torch.equal(tensor, before[name]), name)
+
     def poisoned(self, where: int = 3) -> Batches:
         batches = classes(64, 8)
         batches[where] = (batches[where][0] * math.nan, batches[where][1])

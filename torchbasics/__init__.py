@@ -28,6 +28,7 @@ from torchbasics.digits import draw_digits
 from torchbasics.early_stopping import EarlyStopping
 from torchbasics.evaluation import compute_accuracy, evaluate, predict
 from torchbasics.interrupts import Interrupted
+from torchbasics.memory import MemoryTracker
 from torchbasics.mnist import DataError
 from torchbasics.models import (
     CNN,
@@ -44,6 +45,8 @@ from torchbasics.models import (
     make_model,
     unfreeze,
 )
+from torchbasics.monitors import GradientMonitor
+from torchbasics.nonfinite import check_nan_inf, trace_nonfinite
 from torchbasics.optim import (
     averaged_copy,
     make_optimizer,
@@ -65,9 +68,11 @@ __all__ = [
     "DataError",
     "EarlyStopping",
     "EnsembleModel",
+    "GradientMonitor",
     "Images",
     "Interrupted",
     "MNISTNet",
+    "MemoryTracker",
     "NeuralNetwork",
     "NonFiniteLoss",
     "RandomAffine",
@@ -77,6 +82,7 @@ __all__ = [
     "TensorLoader",
     "Trainer",
     "averaged_copy",
+    "check_nan_inf",
     "check_pytorch_environment",
     "compute_accuracy",
     "count_parameters",
@@ -102,6 +108,7 @@ __all__ = [
     "save_checkpoint",
     "set_seed",
     "split_dataset",
+    "trace_nonfinite",
     "unfreeze",
     "warmup_cosine_scheduler",
     "warmup_lr_scheduler",

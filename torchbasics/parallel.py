@@ -49,7 +49,7 @@ def shard(model: nn.Module, device: torch.device, precision: str = "fp32") -> nn
     """`model` with its parameters, gradients and optimizer state split among all processes (torch's FSDP2), by block.
 
     A block is a child of the model, or a member of a list of modules in it. With `bf16` blocks compute and communicate
-    in bfloat16, gradients are added up in float32; normalisation layers stay in float32, as their running statistics do.
+    in bfloat16, gradients add up in float32; normalisation layers stay in float32, as their running statistics do.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

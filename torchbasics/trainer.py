@@ -36,6 +36,7 @@ from torchbasics.evaluation import (
     with_empty_batches,
 )
 from torchbasics.interrupts import Interrupted, SignalNote
+from torchbasics.nonfinite import find_nonfinite
 from torchbasics.position import LoaderPosition, go_to
 
 MONITORS = ("train_loss", "train_acc", "val_loss", "val_acc")
@@ -220,7 +221,7 @@ class Trainer:
                     loss = loss * share
                 self.scaler.scale(loss).backward()
             results.append(result)
-        if self._finite_now(results):
+        if self._finite_now(results, window):
             self._running.add(results)
             if self._optimizer_step():
                 return True
@@ -386,7 +387,7 @@ class Trainer:
             self._leave_if_signalled()
             raise
 
-    def _finite_now(self, results: list[BatchResult]) -> bool:
+    def _finite_now(self, results: list[BatchResult], window: list[tuple[Any, Tensor]]) -> bool:
         """Looks at the losses at once where that costs nothing (CPU), or where the policy needs it; else later."""
         if self.nan_policy == "ignore" or (self.nan_policy == "stop" and self.device.type != "cpu"):
             return True
@@ -394,7 +395,7 @@ class Trainer:
         for i, result in enumerate(results):
             if not math.isfinite(value := float(result.loss)):
                 if self.nan_policy == "stop":
-                    raise self._non_finite(value, -i)
+                    raise self._non_finite(value, -i, window[i])
                 finite = False
         return all(flag for (flag,) in distributed.all_gather([finite])) if self.nan_policy == "skip" else finite
 
@@ -404,11 +405,16 @@ class Trainer:
         if bad is not None and self.nan_policy == "stop":
             raise self._non_finite(*bad)
 
-    def _non_finite(self, value: float, batches_ago: int) -> NonFiniteLoss:
+    def _non_finite(self, value: float, batches_ago: int, batch: tuple[Any, Tensor] | None = None) -> NonFiniteLoss:
+        """What to raise; where the `batch` is still at hand it is passed once more, to name the module to blame."""
+        culprit = None
+        if batch is not None and not parallel.is_sharded(self.model):
+            with contextlib.suppress(Exception):  # what is already found is worth more than who did it
+                culprit = find_nonfinite(bare_model(self.model), self.criterion, *batch, self.precision)
         return NonFiniteLoss(
             f"the loss is {value} at epoch {self.epoch + 1}, batch {self.batch + 1 - batches_ago}, "
-            f"after {self.step} steps; lower the learning rate, clip the gradient (clip_norm=1) or look for bad values "
-            "in the data"
+            f"after {self.step} steps{f' ({culprit})' if culprit else ''}; lower the learning rate, clip the gradient "
+            "(clip_norm=1) or look for bad values in the data"
         )
 
     def _epoch_line(self, num_epochs: int) -> str:
