@@ -571,7 +571,7 @@ class NonFinite(TrainerCase):
         """As on an accelerator, where losses are read together: the check of the CPU is switched off."""
         model = network()
         trainer = Trainer(model, nn.CrossEntropyLoss(), sgd(model), checkpoint_dir=self.folder, save_every=5)
-        trainer._finite_now = lambda losses: True
+        trainer._finite_now = lambda results, window: True
         with self.assertRaisesRegex(NonFiniteLoss, r"nan at epoch 1, batch 4,"):
             trainer.fit(self.poisoned(), num_epochs=1, verbose=False)
         self.assertEqual(trainer.checkpoints.steps(), [])
@@ -1276,7 +1276,7 @@ class WhatAReviewFound(unittest.TestCase):
 
     def test_a_nan_loss_is_found_where_the_scaler_skips_its_step(self) -> None:
         trainer = self.trainer(precision="fp16", log_every=50)
-        trainer._finite_now = lambda results: True  # as on an accelerator, where losses are read later
+        trainer._finite_now = lambda results, window: True  # as on an accelerator, where losses are read later
         with self.assertRaisesRegex(NonFiniteLoss, "batch 2"):
             trainer.fit(self.batches(1.0, math.nan, 1.0), None, 1, verbose=False)
 
