@@ -131,6 +131,7 @@ class TempCase(unittest.TestCase):
         with self.assertRaises(CheckpointError) as caught:
             load_checkpoint(path or self.path)
         self.one_line(caught.exception, str(path or self.path), *words)
+        self.assertNotIn("weights_only", str(caught.exception))  # never how to load it all the same
 
 
 class RoundTrip(TempCase):
@@ -658,6 +659,23 @@ class Content(TempCase):
         for content in (b"", b"PK\x03\x04 not a zip", b"\x80\x02.", bytes(1000)):
             self.forge(content)
             self.refused("unreadable")
+
+    def test_a_torchscript_program_is_named_and_not_run(self) -> None:
+        file = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit announces its own end
+            torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), file)
+        self.forge(file.getvalue())
+        with warnings.catch_warnings(record=True) as warned, mock.patch("torch.jit.load") as run:
+            warnings.simplefilter("always")
+            self.refused("is a TorchScript program, not a checkpoint")
+        self.assertEqual((run.called, [str(warning.message) for warning in warned]), (False, []))
+
+    def test_no_text_says_how_to_load_it_all_the_same(self) -> None:
+        self.save(state())
+        said = "Cannot use ``weights_only=True`` with files of this kind. Set `weights_only` to `False` …"
+        with mock.patch.object(torch, "load", side_effect=RuntimeError(said)):
+            self.refused("unreadable (holds more than tensors and plain values)")
 
     def hostile(self, target: Path) -> Any:
         class Hostile:

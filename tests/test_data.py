@@ -597,6 +597,21 @@ class Folders(TempCase):
                 folder = SeededImageFolder(root, lambda image: image.mode, mode=mode)
                 self.assertEqual([folder[i][0] for i in range(9)], [expected] * 9)
 
+    def test_sixteen_bits_are_scaled_not_clipped(self) -> None:
+        from PIL import Image
+
+        values = [0, 257, 25700, 65535]  # 257 is one step of 255
+        for name, mode, order in (("0.png", "I;16", "little"), ("0.tif", "I;16", "little"), ("0.tif", "I;16B", "big")):
+            path = self.root / "a" / name
+            (self.root / "a" / "0.png").unlink(missing_ok=True)
+            Image.frombytes(mode, (4, 1), b"".join(value.to_bytes(2, order) for value in values)).save(path)
+            with Image.open(path) as saved:
+                self.assertEqual(saved.mode, mode)
+            folder = SeededImageFolder(self.root)
+            self.assertEqual((folder.mode, list(folder[0][0].tobytes())), ("L", [0, 1, 100, 255]))
+            colour = SeededImageFolder(self.root, mode="RGB")[0][0]
+            self.assertEqual(list(colour.tobytes()), [0, 0, 0, 1, 1, 1, 100, 100, 100, 255, 255, 255])
+
     def test_without_a_transform_an_item_is_an_image(self) -> None:
         image, label = SeededImageFolder(self.root)[2]
         self.assertEqual((image.size, image.mode, image.getpixel((5, 3)), label), ((6, 4), "L", 0, 1))

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "options": {"checkpoint", "loaders", "models", "optim", "trainer"},
     "report": {"checkpoint", "device", "distributed", "loaders", "models", "trainer"},
     "position": {"device"},
-    "data": {"digits", "distributed", "mnist"},
+    "data": {"digits", "distributed", "images", "mnist"},
 }
 LATE_ONLY = {"torchvision", "PIL"}  # slow, or there only with torchvision: inside functions
 FORBIDDEN_MODULES = {"pickle", "shelve", "marshal", "dill", "joblib", "cloudpickle", "requests"}

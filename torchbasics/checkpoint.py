@@ -200,15 +200,18 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
     if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        with _open_regular(path) as file:
+        with _open_regular(path) as file, warnings.catch_warnings():
             _check_content(path, file)
             file.seek(0)
+            warnings.filterwarnings("ignore", ".*TorchScript archive")  # torch's advice on how to run such a file
             checkpoint = torch.load(file, map_location=map_location, weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # whatever torch or the system say of the file: it is not usable
+        if "TorchScript" in str(error):
+            raise CheckpointError(f"{path}: is a TorchScript program, not a checkpoint; use a checkpoint") from None
         # torch's text on what `weights_only` refused begins with how to load it all the same
-        refused = type(error).__name__ == "UnpicklingError"
+        refused = type(error).__name__ == "UnpicklingError" or "weights_only" in str(error)
         reason = "holds more than tensors and plain values" if refused else _first_line(error)
         raise CheckpointError(f"{path}: unreadable ({reason}); use another checkpoint") from error
     return check_schema(checkpoint, path)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate, random_split
 
 from torchbasics import digits, distributed
+from torchbasics.images import eight_bit
 from torchbasics.mnist import CLASSES, DataError, download_mnist, import_torchvision, missing_files, read_mnist
 
 NORMALISATION = {"mnist": ((0.1307,), (0.3081,))}  # of the 60,000 training images; the others' are computed when loaded
@@ -344,8 +345,8 @@ class SeededImageFolder(Dataset):
     """Images in one folder per class, whose random transforms depend on (seed, epoch, sample) alone.
 
     An item is `(transform(image), class index)`; it is asked for by its index (epoch 0) or by `(index, epoch)`. `image`
-    is a PIL image in mode `mode` (by default grey or colour, as the first image is). Raises DataError if there is
-    nothing to read, or, naming it, for an unreadable image.
+    is a PIL image in mode `mode` (by default grey or colour, as the first image is), a deeper one scaled to 8 bits
+    (`images.eight_bit`). Raises DataError if there is nothing to read, or, naming it, for an unreadable image.
     """
 
     def __init__(
@@ -365,7 +366,7 @@ class SeededImageFolder(Dataset):
                 f"{self.root}: no images; expected one folder per class with {', '.join(IMAGE_ENDINGS[:3])} … in it"
             )
         self.targets = torch.tensor([label for _, label in self.samples])
-        self.mode = mode or ("L" if self._open(0).mode in ("1", "L", "I", "I;16", "LA") else "RGB")
+        self.mode = mode or ("L" if self._open(0).mode in ("1", "L", "LA") else "RGB")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -386,7 +387,7 @@ class SeededImageFolder(Dataset):
         try:
             with Image.open(path) as image:
                 image.load()
-                return image
+                return eight_bit(image)
         except Exception as error:  # PIL raises nearly anything on a broken file
             raise DataError(
                 f"{path}: not a readable image ({str(error) or type(error).__name__}); repair or remove it"

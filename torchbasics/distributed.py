@@ -54,7 +54,8 @@ def is_main() -> bool:
 
 def rank_in_environment() -> int:
     """The rank that this process will have, or had, also while there is no process group."""
-    return int(os.environ["RANK"]) if is_launched() else 0
+    number = os.environ["RANK"] if is_launched() else "0"
+    return int(number) if number.isdecimal() else 0  # nonsense is told by `process_group`
 
 
 def local_rank() -> int:

@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Ends the program."""
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {printable(message)}; see --help\n")
 
 
 def number(kind: type, low: float, high: float = math.inf, strict: bool = False) -> Any:
@@ -192,13 +192,20 @@ class MissingExtra(ImportError):
     """An optional package is absent; the text names the command that installs it."""
 
 
+def printable(text: object) -> str:
+    """One line of `text` that no terminal obeys: control characters, and those that turn the line round, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Takes the place of `warnings.showwarning`: one line."""
     print(f"warning: {message}", file=sys.stderr)
 
 
-def one_line(error: Exception) -> str:
-    """What, where and what to do, in one line."""
+def one_line(
+    error: Exception, not_written: str = "older checkpoints are intact, make room or permit writing, then --resume"
+) -> str:
+    """What, where and what to do, in one line; `not_written` is what to do about a full or forbidden disk."""
     text = str(error).strip()
     if "Original Traceback" in text:  # from a loader's worker: its last line is the error
         text = text.splitlines()[-1].partition(": ")[2]
@@ -206,13 +213,10 @@ def one_line(error: Exception) -> str:
     if type(error) is ConnectionError:  # of a download; not a broken pipe
         text += "; connect to the network, put the files under --data-dir, or use --dataset digits"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        text = (
-            f"{error.filename or 'the output directory'}: {error.strerror}; older checkpoints are intact, "
-            "make room or permit writing, then --resume"
-        )
-    if isinstance(error, (ValueError, OSError, ImportError, NonFiniteLoss)):
-        return text
-    return f"{type(error).__name__}: {text[:300]} (--debug shows where)"
+        text = f"{error.filename or 'the output directory'}: {error.strerror}; {not_written}"
+    if not isinstance(error, (ValueError, OSError, ImportError, NonFiniteLoss)):
+        text = f"{type(error).__name__}: {text[:300]} (--debug shows where)"
+    return printable(text)
 
 
 def exit_code(error: Exception) -> int:

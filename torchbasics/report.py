@@ -201,7 +201,7 @@ def summary(args: argparse.Namespace, data: Loaders, trainer: Trainer, run: RunD
 
 
 def print_result(result: dict[str, Any], run: RunDirectory, notice: str, launcher: str, kept: bool = True) -> None:
-    """The result in words, and the command that continues; `launcher` is what starts the script."""
+    """The result in words, and the commands that continue, predict and export; `launcher` is what starts the script."""
     print(
         f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: "
         f"validation {result['best_val_accuracy']:.2%}, test {result['test_accuracy']:.2%} "
@@ -214,8 +214,13 @@ def print_result(result: dict[str, Any], run: RunDirectory, notice: str, launche
         f"{result['samples_per_second']:,.0f} images/s"
     )
     if kept:
-        print(f"files:    {run.path}\ncontinue: {launcher} --resume {shlex.quote(str(run.path))}")
-        print(f"weights:  {run.checkpoints / 'best.pt'}")
+        best = shlex.quote(str(run.checkpoints / "best.pt"))
+        print(f"files:    {run.path}\nweights:  {best}\ncontinue: {launcher} --resume {shlex.quote(str(run.path))}")
+        for name, rest in (("predict", " digit.png"), ("export", "")):
+            script = Path(sys.argv[0]).with_name(f"{name}.py")
+            if script.is_file():  # not beside a copy of the training script alone
+                command = shlex.join([Path(sys.executable).name, str(script), "--checkpoint"])
+                print(f"{name + ':':9} {command} {best}{rest}")
     if notice:
         print(notice)
 
