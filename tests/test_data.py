@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import struct
 import tempfile
 import unittest
 import warnings
@@ -601,10 +602,10 @@ class Folders(TempCase):
         from PIL import Image
 
         values = [0, 257, 25700, 65535]  # 257 is one step of 255
-        for name, mode, order in (("0.png", "I;16", "little"), ("0.tif", "I;16", "little"), ("0.tif", "I;16B", "big")):
+        for name, mode, order in (("0.png", "I;16", "<"), ("0.tif", "I;16", "<"), ("0.tif", "I;16B", ">")):
             path = self.root / "a" / name
             (self.root / "a" / "0.png").unlink(missing_ok=True)
-            Image.frombytes(mode, (4, 1), b"".join(value.to_bytes(2, order) for value in values)).save(path)
+            Image.frombytes(mode, (4, 1), struct.pack(f"{order}4H", *values)).save(path)
             with Image.open(path) as saved:
                 self.assertEqual(saved.mode, mode)
             folder = SeededImageFolder(self.root)

@@ -210,9 +210,11 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
     except Exception as error:  # whatever torch or the system say of the file: it is not usable
         if "TorchScript" in str(error):
             raise CheckpointError(f"{path}: is a TorchScript program, not a checkpoint; use a checkpoint") from None
-        # torch's text on what `weights_only` refused begins with how to load it all the same
-        refused = type(error).__name__ == "UnpicklingError" or "weights_only" in str(error)
-        reason = "holds more than tensors and plain values" if refused else _first_line(error)
+        reason = _first_line(error)
+        if type(error).__name__ == "UnpicklingError":
+            reason = "holds more than tensors and plain values"
+        elif "weights_only" in str(error):  # torch's texts on what that refused say how to load it all the same
+            reason = "not a file of save_checkpoint"
         raise CheckpointError(f"{path}: unreadable ({reason}); use another checkpoint") from error
     return check_schema(checkpoint, path)
 

@@ -1,0 +1,185 @@
+"""The command line that the training scripts share: limits of values, what a resume may change, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import io
+import json
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any
+
+from torchbasics import options
+from torchbasics.checkpoint import CheckpointError, RunDirectory
+from torchbasics.trainer import NonFiniteLoss
+
+
+def make_parser(more: bool = False) -> options.Parser:
+    """As the scripts make theirs; with an option that only one of them has."""
+    parser = options.Parser(allow_abbrev=False)
+    options.add_data_options(parser)
+    options.add_model_options(parser)
+    options.add_optimisation_options(parser)
+    options.add_speed_options(parser)
+    options.add_stopping_options(parser)
+    group = options.add_run_options(parser, "1.2.3")
+    if more:
+        group.add_argument("--strategy", default="ddp", help="(default: ddp)")
+    return parser
+
+
+def ended(function: Any, *args: Any) -> tuple[int, str]:
+    """Exit code and stderr of what ends the program."""
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err):
+            function(*args)
+    except SystemExit as stop:
+        return int(stop.code or 0), err.getvalue()
+    raise AssertionError("it did not end")
+
+
+class Numbers(unittest.TestCase):
+    def test_limits(self) -> None:
+        for parse, good, bad in (
+            (options.COUNT, ("1", "007"), ("0", "-1", "1.0", "", "x", "inf", "nan")),
+            (options.RATE, ("1e-9", "3", "1e308"), ("0", "-1", "inf", "nan", "1e999", "")),
+            (options.SHARE, ("0", "0.99"), ("-0.01", "0.991", "nan")),
+            (options.number(int, 0, 5), ("0", "5"), ("6", "10**400", "1" * 400)),
+        ):
+            for text in good:
+                self.assertEqual(parse(text), float(text))
+            for text in bad:
+                with self.assertRaisesRegex(argparse.ArgumentTypeError, "expected a .*number (from|above) .* got"):
+                    parse(text)
+
+    def test_what_is_expected_is_said(self) -> None:
+        for parse, text in (
+            (options.COUNT, "expected a whole number from 1, got 'x'"),
+            (options.RATE, "expected a number above 0, got 'x'"),
+            (options.SHARE, "expected a number from 0 to 0.99, got 'x'"),
+        ):
+            with self.assertRaises(argparse.ArgumentTypeError) as caught:
+                parse("x")
+            self.assertEqual(str(caught.exception), text)
+
+    def test_errors_take_one_line_and_exit_code_2(self) -> None:
+        self.assertEqual(
+            ended(make_parser().parse_args, ["--epochs", "0"]),
+            (2, "error: argument --epochs: expected a whole number from 1, got '0'; see --help\n"),
+        )
+
+
+class Resume(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.run_path = Path(folder.name) / "run"
+
+    def recorded(self, argv: list[str], arguments: Any, more: bool = False) -> argparse.Namespace:
+        """What `recorded_options` makes of `argv` and the `arguments` of run.json."""
+        self.run_path.mkdir(exist_ok=True)
+        (self.run_path / "run.json").write_text(json.dumps({"arguments": arguments}))
+        parser = make_parser(more)
+        args = options.check_resume(parser, parser.parse_args([*argv, "--resume", str(self.run_path)]))
+        with RunDirectory(self.run_path, resume=True) as run:
+            return options.recorded_options(make_parser(more), [*argv, "--resume", str(self.run_path)], args, run)
+
+    def test_which_directory(self) -> None:
+        parser = make_parser()
+        for argv, output in (
+            (["--resume", "a"], "a"),
+            (["--resume", "--output", "a"], "a"),
+            (["--resume", "a", "--output", "./a"], "a"),
+        ):
+            self.assertEqual(options.check_resume(parser, parser.parse_args(argv)).output, output)
+        for argv, said in (
+            (["--resume"], "--resume needs the run's directory"),
+            (["--resume", "a", "--output", "b"], "--resume a and --output b differ"),
+            (["--resume", "a", "--overwrite"], "--resume cannot go with --overwrite"),
+        ):
+            code, err = ended(options.check_resume, parser, parser.parse_args(argv))
+            self.assertEqual((code, err.splitlines()), (2, [err.strip()]))
+            self.assertIn(said, err)
+
+    def test_the_recorded_options_hold(self) -> None:
+        then = vars(make_parser().parse_args(["--epochs", "3", "--lr", "0.1", "--keep", "5", "--output", "elsewhere"]))
+        args = self.recorded(["--keep", "1"], then)
+        self.assertEqual((args.epochs, args.lr, args.keep, args.seed), (3, 0.1, 1, 42))
+        self.assertEqual((args.output, args.resume), (str(self.run_path), True))
+        self.assertEqual(self.recorded(["--lr", "0.1"], then).lr, 0.1)  # the same is no change
+
+    def test_what_would_change_the_course_is_refused(self) -> None:
+        then = vars(make_parser().parse_args(["--epochs", "3"]))
+        for argv, said in (
+            (["--lr", "0.5"], "--lr 0.5 differs from the run's 0.003; leave it out to continue"),
+            (["--batch-size", "7"], "--batch-size 7 differs from the run's 128"),
+            (["--no-augment"], "--augment False differs from the run's True"),
+        ):
+            with self.assertRaisesRegex(ValueError, said):
+                self.recorded(argv, then)
+
+    def test_options_of_the_other_script(self) -> None:
+        ddp = vars(make_parser(more=True).parse_args(["--epochs", "3", "--strategy", "fsdp"]))
+        mnist = vars(make_parser().parse_args(["--epochs", "3"]))
+        self.assertNotIn("strategy", vars(self.recorded([], ddp)))
+        self.assertEqual(self.recorded([], mnist, more=True).strategy, "ddp")
+        self.assertEqual(self.recorded([], ddp, more=True).strategy, "fsdp")
+        self.assertEqual(self.recorded(["--strategy", "ddp"], ddp, more=True).strategy, "ddp")  # free
+
+    def test_records_of_another_version_are_refused(self) -> None:
+        then = vars(make_parser().parse_args([]))
+        without = {name: value for name, value in then.items() if name != "seed"}
+        for arguments in ({**then, "hidden_size": 3}, without, None, ["--epochs", "3"]):
+            with self.assertRaisesRegex(ValueError, "run.json: holds the options of another version of this script"):
+                self.recorded([], arguments)
+
+
+class Errors(unittest.TestCase):
+    def test_one_line(self) -> None:
+        worker = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        for error, line in (
+            (ValueError(" two\n  lines "), "two lines"),
+            (ValueError(""), "ValueError"),
+            (NonFiniteLoss("the loss is nan"), "the loss is nan"),
+            (KeyError("x"), "KeyError: 'x' (--debug shows where)"),
+            (ValueError("a\x1b[2Jb\u202ec"), "a\\x1b[2Jb\\u202ec"),  # what a terminal would obey
+            (ValueError(worker + '  File "a.py", line 1\nValueError: a.png: damaged'), "a.png: damaged"),
+            (BrokenPipeError(errno.EPIPE, "Broken pipe"), "[Errno 32] Broken pipe"),
+        ):
+            self.assertEqual(options.one_line(error), line)
+        self.assertRegex(
+            options.one_line(ConnectionError("no route")), "^no route; connect .* or use --dataset digits$"
+        )
+        self.assertEqual(len(options.one_line(RuntimeError("x" * 999))), len("RuntimeError: ") + 300 + 22)
+        full = options.one_line(OSError(errno.ENOSPC, "No space left on device", "a/step-1.pt"))
+        self.assertRegex(full, "^a/step-1.pt: No space left on device; older checkpoints are intact, .*--resume$")
+        self.assertRegex(options.one_line(OSError(errno.EROFS, "Read-only")), "^the output directory: Read-only; ")
+
+    def test_exit_codes(self) -> None:
+        for error, code in (
+            (ValueError(), 2),
+            (CheckpointError(), 2),
+            (FileNotFoundError(), 2),
+            (ConnectionError(), 2),  # of a download
+            (ConnectionResetError(), 1),
+            (OSError(), 1),
+            (NonFiniteLoss(), 1),
+            (KeyError(), 1),
+            (options.MissingExtra(), 3),
+            (ImportError(), 1),
+        ):
+            self.assertEqual(options.exit_code(error), code, error)
+
+    def test_a_warning_is_one_line(self) -> None:
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            options.print_warning(UserWarning("beware"), UserWarning, "file.py", 3)
+        self.assertEqual(err.getvalue(), "warning: beware\n")
+
+
+if __name__ == "__main__":
+    unittest.main()
