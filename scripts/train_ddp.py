@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import socket
 import sys
 import time
@@ -34,6 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "torchbasics" / "__init__.py").is_file():  # in a checkout its own package comes first, installed or not
     sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else 40 lines of C++ stand around each line of ours
 
 import torch
 from torch import nn
@@ -142,30 +144,39 @@ def make_parser() -> options.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
-    args = parser.parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        if distributed.rank_in_environment():  # help and errors come once, from rank 0
+            stack.enter_context(contextlib.redirect_stdout(None))
+            stack.enter_context(contextlib.redirect_stderr(None))
+        args = parser.parse_args(argv)
+        check_strategy(parser, args)
+        args = options.check_resume(parser, args)
+    if distributed.restarts():  # torchrun has started us again: never from the beginning
+        args.resume, args.overwrite = True, False
+    return args
+
+
+def check_strategy(parser: options.Parser, args: argparse.Namespace) -> None:
     if args.strategy == "fsdp":
         for name, value in (("--ema", args.ema), ("--sync-bn", args.sync_bn), ("--bf16-gradients", args.bf16_gradients),
                             ("--compile", args.compile), ("--precision fp16", args.precision == "fp16")):
             if value:
                 parser.error(f"{name} does not go with --strategy fsdp; use --strategy ddp or leave it out")
-    if distributed.restarts() and not args.resume:  # torchrun has started us again: never from the beginning
-        args.resume, args.overwrite = True, False
-        args.output = args.output or interrupted_run()
-    return options.check_resume(parser, args)
 
 
-def interrupted_run() -> str:
-    """The directory that this job has chosen before torchrun restarted it, found by the launcher's process."""
+def interrupted_run() -> Path | None:
+    """The directory that this job has chosen before torchrun restarted it; None if it had not come so far."""
     for path in sorted(Path("runs").glob("*/run.json"), key=os.path.getmtime, reverse=True):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if json.loads(path.read_text(encoding="utf-8")).get("launcher") == launched_by():
-                return str(path.parent)
-    raise ValueError("restarted, but no run of this job is under ./runs; give --output, so that restarts find it")
+                return path.parent
+    return None
 
 
 def launched_by() -> str:
-    """Host, process number and job of the launcher: the same after a restart."""
-    return f"{socket.gethostname()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+    """What tells this job from others, also after a restart: its id if torchrun made it up, else the launcher."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return job if len(job) >= 32 else f"{socket.gethostname()} {os.getppid()} {job}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -245,7 +256,7 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
     if run is not None:
         result |= summary(args, data, trainer, run) | {"total_seconds": time.monotonic() - began}
         run.write_info(result=result)
-        launcher = f"torchrun --nproc-per-node={distributed.local_world_size()} {sys.argv[0]}"
+        launcher = f"torchrun --nproc-per-node={distributed.local_world_size()} {shlex.quote(sys.argv[0])}"
         print_result(result, run, data.notice, launcher)
     distributed.barrier()
     return 0
@@ -254,7 +265,8 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
 def open_run(
     args: argparse.Namespace, argv: list[str] | None, stack: contextlib.ExitStack) -> tuple[tb.RunDirectory, Any]:
     """The run's directory, and the options of the run that is continued, or those given."""
-    output = Path(args.output or unused_directory("ddp" if args.dataset == "auto" else args.dataset))
+    found = None if args.output or not distributed.restarts() else interrupted_run()
+    output = Path(args.output or found or unused_directory("ddp" if args.dataset == "auto" else args.dataset))
     # killed before it had written anything, a restarted job begins anew
     resume = bool(args.resume) and not (distributed.restarts() and not (output / "run.json").is_file())
     run = stack.enter_context(tb.RunDirectory(output, resume=resume, overwrite=args.overwrite))

@@ -96,12 +96,19 @@ def gradient_exchange(model: nn.Module, wanted: bool) -> Any:
 
 
 @contextlib.contextmanager
-def kept_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm learns nothing: of a batch without samples it would learn NaN. SyncBatchNorm knows better."""
+def kept_statistics(model: nn.Module, samples: int) -> Iterator[None]:
+    """Inside, BatchNorm uses its running statistics where a process's part of a batch is too small to have its own.
+
+    Of no sample it would learn NaN, and of one BatchNorm1d refuses to. SyncBatchNorm knows better.
+    """
+    if samples > 1 or not _is_parallel():
+        yield
+        return
+    kinds = BatchNorm if samples == 0 else nn.BatchNorm1d
     learning = [
         module
         for module in model.modules()
-        if isinstance(module, BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and module.training
+        if isinstance(module, kinds) and not isinstance(module, nn.SyncBatchNorm) and module.training
     ]
     for module in learning:
         module.training = False
@@ -112,10 +119,13 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
 
 def share_buffers(*models: nn.Module | None) -> None:
     """Rank 0's buffers (BatchNorm's running statistics) for all processes: what is judged is then what is saved."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for model in models:
-            for buffer in bare_model(model).buffers() if model is not None else ():
-                dist.broadcast(buffer, src=0)
+    for model in models if _is_parallel() else ():
+        for buffer in bare_model(model).buffers() if model is not None else ():
+            dist.broadcast(buffer, src=0)
+
+
+def _is_parallel() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class GradientClock:

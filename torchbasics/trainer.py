@@ -41,6 +41,10 @@ from torchbasics.position import LoaderPosition, go_to
 
 MONITORS = ("train_loss", "train_acc", "val_loss", "val_acc")
 NAN_POLICIES = ("stop", "skip", "ignore")
+# What `resume` needs beside the keys of every checkpoint.
+SAVED: dict[str, type] = dict.fromkeys(("step", "batch", "first_epoch", "skipped"), int) | dict.fromkeys(
+    ("history", "running", "random_state", "position"), dict
+)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -212,8 +216,10 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.nan_policy == "skip" else []
         results = []
         for i, (inputs, targets) in enumerate(window, start=1):
-            own = contextlib.nullcontext() if len(targets) else parallel.kept_statistics(self.model)
-            with own, parallel.gradient_exchange(self.model, wanted=i == len(window)):
+            with (
+                parallel.kept_statistics(self.model, len(targets)),
+                parallel.gradient_exchange(self.model, wanted=i == len(window)),
+            ):
                 loss, result = forward(self.model, self.criterion, inputs, targets, self.precision)
                 # DDP takes the mean over the processes
                 share = len(targets) * distributed.world_size() / max(samples, 1)
@@ -474,6 +480,14 @@ class Trainer:
                     f"{where}: of another run: {key} is {there.get(key)!r} there, {here.get(key)!r} here; "
                     "resume with the same set-up"
                 )
+        wrong = next((key for key, kind in SAVED.items() if not isinstance(state.get(key), kind)), None)
+        if wrong is not None:
+            raise CheckpointError(
+                f"{where}: {wrong!r} is missing or no {SAVED[wrong].__name__}; use another checkpoint"
+            )
+        bad = next((name for name, w in state["model_state_dict"].items() if not bool(w.isfinite().all())), None)
+        if bad is not None and self.nan_policy == "stop":
+            raise CheckpointError(f"{where}: {bad!r} is NaN or infinite; use another checkpoint")
         parts = {
             "scheduler_state_dict": self.scheduler,
             "averages_state_dict": self.averages,
@@ -538,11 +552,14 @@ class Trainer:
         if self.checkpoints is None:
             raise ValueError("Trainer was made without checkpoint_dir; give one to save")
         state = self.state_dict()
-        finite = torch.stack([p.isfinite().all() for p in parallel.own_parameters(self.model)])
-        if self.nan_policy == "stop" and not all(finite.tolist()):
+        weights = parallel.own_parameters(self.model)
+        statistics = list(bare_model(self.model).buffers()) if distributed.is_main() else []  # rank 0's are saved
+        finite = torch.stack([tensor.isfinite().all() for tensor in (*weights, *statistics)]).tolist()
+        if self.nan_policy == "stop" and not all(finite):
             # from an infinite gradient of a finite loss: the next loss would tell, too late for this checkpoint
+            which = "running statistic" if all(finite[: len(weights)]) else "weight"
             raise NonFiniteLoss(
-                f"a weight is NaN or infinite at epoch {self.epoch + 1}, batch {self.batch}, after {self.step} steps; "
+                f"a {which} is NaN or infinite at epoch {self.epoch + 1}, batch {self.batch}, after {self.step} steps; "
                 "not saved; lower the learning rate or clip the gradient (clip_norm=1)"
             )
         if distributed.is_main():
