@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import socket
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Communication:
     """Once an epoch: how long each process waited for the others, and which one was waited for."""
 
     def __init__(self, report: Report | None, clock: parallel.GradientClock | None) -> None:
-        self.report, self.clock, self.seconds = report, clock, 0.0
+        self.report, self.clock, self.seconds = report, clock, 0.0  # seconds of rank 0, over all epochs
         self.began, self.before = time.monotonic(), 0.0
 
     def on_epoch_end(self, trainer: tb.Trainer) -> None:
@@ -101,8 +101,8 @@ class Communication:
         waited = [seconds for (seconds,) in distributed.all_gather([own])]
         took, self.began = time.monotonic() - self.began, time.monotonic()
         self.seconds += waited[0]
-        if self.report is not None and self.clock is None:
-            self.report.say(f"       waited {waited[0]:.1f} s between steps; what fsdp sends within is not measured")
+        if self.report is not None and (self.clock is None or trainer.device.type != "cpu"):
+            self.report.say(f"       waited {waited[0]:.1f} s between steps; what is sent within is not measured")
         elif self.report is not None:
             slowest = min(range(len(waited)), key=waited.__getitem__)  # who waits least is waited for
             mean = sum(waited) / len(waited)
@@ -151,8 +151,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
         check_strategy(parser, args)
         args = options.check_resume(parser, args)
-    if distributed.restarts():  # torchrun has started us again: never from the beginning
-        args.resume, args.overwrite = True, False
     return args
 
 
@@ -164,28 +162,16 @@ def check_strategy(parser: options.Parser, args: argparse.Namespace) -> None:
                 parser.error(f"{name} does not go with --strategy fsdp; use --strategy ddp or leave it out")
 
 
-def interrupted_run() -> Path | None:
-    """The directory that this job has chosen before torchrun restarted it; None if it had not come so far."""
-    for path in sorted(Path("runs").glob("*/run.json"), key=os.path.getmtime, reverse=True):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if json.loads(path.read_text(encoding="utf-8")).get("launcher") == launched_by():
-                return path.parent
-    return None
-
-
-def launched_by() -> str:
-    """What tells this job from others, also after a restart: its id if torchrun made it up, else the launcher."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return job if len(job) >= 32 else f"{socket.gethostname()} {os.getppid()} {job}"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 done, 1 failed, 2 bad input, 3 optional package missing, 128 + signal when interrupted and saved."""
     debug = False
     try:
         args = parse_args(argv)
         debug = args.debug
-        device = distributed.own_device(tb.pick_device(args.device))
+        device = tb.pick_device(args.device)
+        if args.device == "auto" and distributed.is_launched() and device.type not in distributed.ACCELERATORS:
+            device = torch.device("cpu")  # a Mac's GPU serves one process only
+        device = distributed.own_device(device)
         with distributed.process_group(device, args.timeout):
             return run_together(args, argv, device)
     except KeyboardInterrupt:
@@ -219,7 +205,10 @@ def run_together(args: argparse.Namespace, argv: list[str] | None, device: torch
         if line is not None:
             print(f"error: {line}", file=sys.stderr, flush=True)
             if args.debug:
-                raise
+                traceback.print_exc()
+        if device.type != "cpu":  # nccl's orderly end would wait for those that have failed
+            sys.stdout.flush()
+            os._exit(options.exit_code(error))
         return options.exit_code(error)
 
 
@@ -234,17 +223,14 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
     args = distributed.broadcast_object(args)
     checkpoints = Path(args.output) / "checkpoints"
     tb.set_seed(args.seed, args.deterministic)
-    data = make_loaders(
-        args.dataset, args.data_dir, args.batch_size, val_size=args.val_size, augment=args.augment,
-        image_size=args.image_size, num_workers=args.num_workers, seed=args.seed, limit_batches=args.limit_batches,
-        device=device)
-    distributed.barrier()  # who had to download is waited for, before any clock runs
+    data = load_data(args, device)
     trainer, clock = build_trainer(args, data, device, checkpoints)
     start = trainer.resume() if args.resume else None
     processes = name_processes(device, threads)
     report = begin_report(args, data, trainer, run, start, processes) if run is not None else None
+    communication = Communication(report, clock)
     if distributed.world_size() > 1:
-        trainer.on_epoch_end += (Communication(report, clock).on_epoch_end,)
+        trainer.on_epoch_end += (communication.on_epoch_end,)
     try:
         trainer.fit(data.train, data.val, args.epochs, verbose=False)
     except tb.Interrupted:
@@ -254,7 +240,8 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
         raise
     result: dict[str, Any] = judge(trainer, data, checkpoints / "best.pt")[0]
     if run is not None:
-        result |= summary(args, data, trainer, run) | {"total_seconds": time.monotonic() - began}
+        result |= summary(args, data, trainer, run) | {
+            "total_seconds": time.monotonic() - began, "communication_seconds": communication.seconds}
         run.write_info(result=result)
         launcher = f"torchrun --nproc-per-node={distributed.local_world_size()} {shlex.quote(sys.argv[0])}"
         print_result(result, run, data.notice, launcher)
@@ -265,13 +252,34 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
 def open_run(
     args: argparse.Namespace, argv: list[str] | None, stack: contextlib.ExitStack) -> tuple[tb.RunDirectory, Any]:
     """The run's directory, and the options of the run that is continued, or those given."""
-    found = None if args.output or not distributed.restarts() else interrupted_run()
-    output = Path(args.output or found or unused_directory("ddp" if args.dataset == "auto" else args.dataset))
-    # killed before it had written anything, a restarted job begins anew
-    resume = bool(args.resume) and not (distributed.restarts() and not (output / "run.json").is_file())
+    earlier = distributed.recall("run")
+    if earlier is not None:  # torchrun has started this job again: never from the beginning, whatever was asked for
+        args.output, args.resume, args.overwrite = earlier, True, False
+    output = Path(args.output or unused_directory("ddp" if args.dataset == "auto" else args.dataset))
+    resume = bool(args.resume) if earlier is None else (output / "run.json").is_file()
     run = stack.enter_context(tb.RunDirectory(output, resume=resume, overwrite=args.overwrite))
+    distributed.remember("run", str(output))
     args.output = str(output)
     return run, options.recorded_options(make_parser(), argv, args, run) if resume else args
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> Loaders:
+    """The same data set on all processes, however long a download takes; rank 0 decides what `auto` is."""
+    def load() -> Loaders:
+        return make_loaders(
+            args.dataset, args.data_dir, args.batch_size, val_size=args.val_size, augment=args.augment,
+            image_size=args.image_size, num_workers=args.num_workers, seed=args.seed,
+            limit_batches=args.limit_batches, device=device)
+
+    data = load() if distributed.is_main() else None
+    args.dataset = distributed.tell("dataset", data.facts["dataset"] if data else args.dataset)
+    data = data or load()
+    distributed.wait_for_all("data")
+    for rank, facts in enumerate(distributed.gather_objects(data.facts)):
+        if facts != data.facts:
+            raise ValueError(f"{args.data_dir}: rank {rank} has other data there than rank {distributed.rank()}; "
+                             "give all machines the same files")
+    return data
 
 
 def begin_report(
@@ -283,7 +291,7 @@ def begin_report(
         raise tb.CheckpointError(f"{run.checkpoints}: the run was further, and its checkpoints are gone; "
                                  "--overwrite starts it again")
     report = Report(args, data, run)
-    write_description(args, data, trainer, run, tb.__version__, launcher=launched_by(), processes=processes)
+    write_description(args, data, trainer, run, tb.__version__, processes=processes)
     run.write_metrics(metrics(trainer))
     trainer.on_step_end, trainer.on_epoch_end = (report.on_step_end,), (report.on_epoch_end,)
     report.introduce(data, trainer, start, processes)

@@ -15,9 +15,11 @@ import hashlib
 import io
 import json
 import os
+import pickletools
 import re
 import stat
 import warnings
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +30,12 @@ import torch
 FORMAT = 1
 # Exact types: a subclass, such as numpy.float64, would be written under its own name, and refused by safe loading.
 PLAIN = (str, int, float, bool, type(None), torch.Tensor, torch.nn.Parameter)
+# What torch.save names to rebuild those, in the pickle inside its file; storages and data types come on top.
+REBUILT = {f"torch._utils _rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter")} | {
+    "collections OrderedDict",
+    "collections Counter",
+    "torch Size",
+}
 CHECKPOINT = r"(step-\d{8,}|best)\.pt"
 RECORD = re.compile(rf"(?P<file>{CHECKPOINT})\.json")
 TEMPORARY = re.compile(rf"\.({CHECKPOINT}(\.json)?|run\.json|metrics\.jsonl)\.\d+\.tmp")
@@ -69,6 +77,8 @@ def write_durably(
             os.fsync(file.fileno())
         if before_replace is not None:
             before_replace()
+        if path.is_dir() and not path.is_symlink():  # what stands there is no file of ours: put aside, not removed
+            os.rename(path, path.with_name(f"{path.name}.{os.getpid()}.aside"))
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -174,8 +184,8 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> N
         hashing = _HashingFile(file)
         try:
             torch.save(checkpoint, hashing)  # type: ignore[arg-type]
-        except RuntimeError as error:  # torch's zip writer hides the OSError of a full disk in a RuntimeError
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        except RuntimeError as error:  # torch's zip writer hides in it what `write` raised: a full disk, a dead worker
+            raise error.__context__ or error from None
         entry.update(size=hashing.size, sha256=hashing.sha256.hexdigest())
 
     def record_first() -> None:
@@ -200,20 +210,19 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
     if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        with _open_regular(path) as file, warnings.catch_warnings():
+        with _open_regular(path) as file:
             _check_content(path, file)
+            _check_archive(path, file)
             file.seek(0)
-            warnings.filterwarnings("ignore", ".*TorchScript archive")  # torch's advice on how to run such a file
             checkpoint = torch.load(file, map_location=map_location, weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # whatever torch or the system say of the file: it is not usable
-        if "TorchScript" in str(error):
-            raise CheckpointError(f"{path}: is a TorchScript program, not a checkpoint; use a checkpoint") from None
         reason = _first_line(error)
         if type(error).__name__ == "UnpicklingError":
             reason = "holds more than tensors and plain values"
-        elif "weights_only" in str(error):  # torch's texts on what that refused say how to load it all the same
+        elif isinstance(error, zipfile.BadZipFile) or "weights_only" in str(error):
+            # torch's texts on what that refused say how to load it all the same
             reason = "not a file of save_checkpoint"
         raise CheckpointError(f"{path}: unreadable ({reason}); use another checkpoint") from error
     return check_schema(checkpoint, path)
@@ -235,6 +244,36 @@ def _check_content(path: Path, file: BinaryIO) -> dict:
     if found not in entries:
         raise CheckpointError(f"{path}: damaged: its SHA-256 is not the recorded one; use another checkpoint")
     return found
+
+
+def _check_archive(path: Path, file: BinaryIO) -> None:
+    """Refuses what torch would unpack to more than the file has, read in one of two ways, or build from other calls.
+
+    `weights_only` alone lets through a compressed gigabyte of zeros, and `bytearray(10**10)`.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(member.filename.endswith("/constants.pkl") for member in members):
+            raise CheckpointError(f"{path}: is a TorchScript program, not a checkpoint; use a checkpoint")
+        if len({member.filename for member in members}) < len(members):
+            raise CheckpointError(f"{path}: has two entries of one name; use another checkpoint")
+        if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
+            raise CheckpointError(f"{path}: would unpack to more than its own size; use another checkpoint")
+        pickles = [archive.read(member) for member in members if member.filename.endswith("data.pkl")]
+    for code, name, _ in (found for content in pickles for found in pickletools.genops(content)):
+        if code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4") or (
+            code.name == "GLOBAL" and name not in REBUILT and not _is_of_tensors(str(name))
+        ):
+            raise CheckpointError(
+                f"{path}: unreadable (holds more than tensors and plain values); use another checkpoint"
+            )
+
+
+def _is_of_tensors(name: str) -> bool:
+    """Whether a pickle's global is a kind of storage or a data type of torch."""
+    module, _, attribute = name.partition(" ")
+    storage = module in ("torch", "torch.storage") and attribute.endswith("Storage")
+    return storage or (module == "torch" and isinstance(getattr(torch, attribute, None), torch.dtype))
 
 
 def _sha256(file: BinaryIO) -> str:
@@ -263,6 +302,8 @@ def _check_plain(value: Any, where: str) -> None:
             f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only: "
             "convert it, e.g. by float(…) or dict(…)"
         )
+    elif isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized or vars(value)):
+        raise TypeError(f"{where} is a tensor that is sparse, quantized or has attributes; save a plain one")
 
 
 SCHEMA: dict[str, type | tuple[type, ...]] = {

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_store: Any = None  # of the job, while `process_group` lasts
+ACCELERATORS = ("cuda", "xpu")  # those that several processes can use together
+_store: Any = None  # of this attempt of the job, while `process_group` lasts
+_job_store: Any = None  # of the job, whatever torchrun restarts
 
 
 class OtherRankFailed(RuntimeError):
@@ -88,7 +91,7 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
     A process that hears nothing of another for `timeout` seconds gives up. Raises ValueError if torchrun's variables
     are incomplete, OSError if the processes do not find each other.
     """
-    global _store
+    global _store, _job_store
     if not is_launched():
         yield
         return
@@ -101,6 +104,7 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=limit))
         _store = dist.PrefixStore(f"torchbasics/{restarts()}", store)  # the last attempt's keys are still in it
+        _job_store = dist.PrefixStore("torchbasics/job", store)
         dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=limit, **bound)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -108,12 +112,12 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
     try:
         yield
     finally:
-        _store = None
+        _store = _job_store = None
         dist.destroy_process_group()
 
 
 def _backend_for(device: torch.device) -> str:
-    if device.type not in ("cuda", "xpu"):
+    if device.type not in ACCELERATORS:
         raise ValueError(f"{device.type} cannot be used by several processes; use --device cpu or cuda")
     return dist.get_default_backend_for_device(device)
 
@@ -133,6 +137,8 @@ def own_device(device: torch.device) -> torch.device:
         return device
     if device.index is not None and local_world_size() > 1:
         raise ValueError(f"--device {device} is one device for {local_world_size()} processes; leave the index out")
+    if device.type not in ACCELERATORS:
+        raise ValueError(f"{device.type} cannot be used by several processes; use --device cpu or cuda")
     backend = getattr(torch, device.type)
     if local_rank() >= backend.device_count():
         raise ValueError(
@@ -228,6 +234,53 @@ def on_main(function: Callable[[], T]) -> T:
     return result
 
 
+def check_group() -> None:
+    """ValueError if the process group, which the caller may have made, cannot carry values of the CPU."""
+    if world_size() > 1 and "cpu:" not in dist.get_backend_config():
+        raise ValueError(
+            f"the process group is {dist.get_backend_config()!r} and carries no values of the CPU; use "
+            "torchbasics.distributed.process_group, or init_process_group('cpu:gloo,cuda:nccl')"
+        )
+
+
+# ----------------------------------------------------------------------------- what lasts longer than a collective may
+
+
+def remember(key: str, value: str) -> None:
+    """Writes a note for the job's later attempts, after torchrun has restarted it."""
+    if _job_store is not None:
+        _job_store.set(key, value)
+
+
+def recall(key: str) -> str | None:
+    """The note that an earlier attempt of this job has written."""
+    return _job_store.get(key).decode() if _job_store is not None and _job_store.check([key]) else None
+
+
+def tell(key: str, value: str | None = None) -> str | None:
+    """Rank 0's `value` on all processes, which wait for it as long as it takes, unless one fails."""
+    if _store is None:
+        return value
+    if is_main():
+        _store.set(f"told/{key}", value or "")
+    while not _store.check([f"told/{key}"]):
+        if _store.check(["cause"]):
+            raise OtherRankFailed("another rank failed")
+        time.sleep(0.05)
+    return _store.get(f"told/{key}").decode()
+
+
+def wait_for_all(key: str) -> None:
+    """Waits for all processes, as long as it takes, unless one fails."""
+    if _store is None:
+        return
+    _store.add(f"came/{key}", 1)
+    while _store.add(f"came/{key}", 0) < world_size():
+        if _store.check(["cause"]):
+            raise OtherRankFailed("another rank failed")
+        time.sleep(0.05)
+
+
 # ---------------------------------------------------------------------------------------------------- who failed first
 
 
@@ -240,16 +293,23 @@ def first_cause(error: Exception, text: str, patience: float = 2.0) -> str | Non
         return text
     if isinstance(error, OtherRankFailed):
         return None
+    found: list[str | None] = []
+    asking = threading.Thread(target=lambda: found.append(_ask(error, text, patience)), daemon=True)
+    asking.start()  # on a machine that is cut off, the store waits for ever
+    asking.join(patience + 3)
+    said = found[0] if found else f"{text}; the job's store does not answer either"
+    return None if said is None else f"rank {rank()} of {world_size()} ({socket.gethostname()}): {said}"
+
+
+def _ask(error: Exception, text: str, patience: float) -> str | None:
     try:
         if is_lost_contact(error):
             silent = _silent_ranks(patience)
             names = ", ".join(f"rank {number} ({host})" for number, host in silent)
             text = f"no answer from {names}" if silent else f"lost contact with the other processes ({text})"
-        if _store.add("cause", 1) > 1:
-            return None
+        return text if _store.add("cause", 1) == 1 else None
     except RuntimeError:  # the store was in a process that is gone
-        text = f"{text}; the job's store is gone as well"
-    return f"rank {rank()} of {world_size()} ({socket.gethostname()}): {text}"
+        return f"{text}; the job's store is gone as well"
 
 
 def is_lost_contact(error: BaseException) -> bool:

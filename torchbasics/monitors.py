@@ -295,9 +295,7 @@ class GradientMonitor:
             return "non-finite"
         if update is not None and largest is not None and not past.began_at_zero:
             recent = [*past.updates[-4:], update]
-            if update > 10 * self.max_update_ratio or (
-                len(recent) >= 3 and _median(recent) > self.max_update_ratio
-            ):
+            if update > 10 * self.max_update_ratio or (len(recent) >= 3 and _median(recent) > self.max_update_ratio):
                 return "too high"
         if len(past.norms) >= 10 and norm > past.highest and norm > self.spike * _median(past.norms) > 0:
             return "spike"

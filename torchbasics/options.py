@@ -176,6 +176,8 @@ def recorded_options(
     parser.set_defaults(**recorded)
     merged = parser.parse_args(argv)
     for name, value in recorded.items():
+        if name == "dataset" and merged.dataset == "auto":
+            merged.dataset = value  # the one that was chosen then
         if name not in FREE_ON_RESUME and getattr(merged, name) != value:
             raise ValueError(
                 f"--{name.replace('_', '-')} {getattr(merged, name)} differs from the run's {value}; "

@@ -31,7 +31,7 @@ def replicate(
 
     `sync_bn` takes BatchNorm's statistics over all processes (torch's SyncBatchNorm, on accelerators only; ValueError
     elsewhere). `static`: each step uses the same parameters once. BatchNorm's running statistics stay each process's
-    own; rank 0's are those that count (`share_buffers`).
+    own; rank 0's are those that count (`shared_buffers`).
     """
     if sync_bn:
         if device.type == "cpu":
@@ -42,6 +42,8 @@ def replicate(
     options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     if device.type != "cpu":
         options["device_ids"] = [device]
+    for buffer in () if renamed else model.buffers():  # before 2.15 the old option also left out the first exchange
+        dist.broadcast(buffer, src=0)
     return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static, **options)
 
 
@@ -54,6 +56,8 @@ def shard(model: nn.Module, device: torch.device, precision: str = "fp32") -> nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    for tensor in model.state_dict().values():  # the parts are to be those of one model
+        dist.broadcast(tensor, src=0)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if precision == "bf16" else MixedPrecisionPolicy()
@@ -75,6 +79,12 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
         else:
             yield child
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether `model` exchanges its gradients with other processes."""
+    model = getattr(model, "_orig_mod", model)
+    return is_sharded(model) or isinstance(model, DistributedDataParallel)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -112,16 +122,26 @@ def kept_statistics(model: nn.Module, samples: int) -> Iterator[None]:
     ]
     for module in learning:
         module.training = False
+    try:
+        yield
+    finally:
+        for module in learning:
+            module.training = True
+
+
+@contextlib.contextmanager
+def shared_buffers(model: nn.Module) -> Iterator[None]:
+    """Inside, rank 0's buffers (BatchNorm's running statistics) on all processes: what is judged is what is saved.
+
+    Afterwards each process has its own again: how often one judges changes nothing.
+    """
+    buffers = [buffer for buffer in bare_model(model).buffers() if buffer.numel()] if _is_parallel() else []
+    own = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        dist.broadcast(buffer, src=0)
     yield
-    for module in learning:
-        module.training = True
-
-
-def share_buffers(*models: nn.Module | None) -> None:
-    """Rank 0's buffers (BatchNorm's running statistics) for all processes: what is judged is then what is saved."""
-    for model in models if _is_parallel() else ():
-        for buffer in bare_model(model).buffers() if model is not None else ():
-            dist.broadcast(buffer, src=0)
+    for buffer, before in zip(buffers, own, strict=True):
+        buffer.copy_(before)
 
 
 def _is_parallel() -> bool:

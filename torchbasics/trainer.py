@@ -41,6 +41,8 @@ from torchbasics.position import LoaderPosition, go_to
 
 MONITORS = ("train_loss", "train_acc", "val_loss", "val_acc")
 NAN_POLICIES = ("stop", "skip", "ignore")
+# What a DataLoader raises when a worker has ended: torch's own error, or that of reading from nobody.
+WORKER_ENDED = (RuntimeError, EOFError, OSError)
 # What `resume` needs beside the keys of every checkpoint.
 SAVED: dict[str, type] = dict.fromkeys(("step", "batch", "first_epoch", "skipped"), int) | dict.fromkeys(
     ("history", "running", "random_state", "position"), dict
@@ -151,7 +153,7 @@ class Trainer:
         self._running = RunningMeans()
         self._position = LoaderPosition(self.device)
         self._signals = SignalNote(enabled=self.checkpoints is not None)
-        self._agreed_signal = 0
+        self._agreed_signal, self._cut_off = 0, False  # what all processes know: a signal to one; one's loader is gone
         self._empty_batch: tuple[Any, Tensor] | None = None
         self.waiting_seconds = 0.0  # for the other processes, between two steps
         self._first_epoch = 0
@@ -248,7 +250,8 @@ class Trainer:
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         if self.clip_norm is not None:
-            self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            self.grad_norm = norm.full_tensor() if parallel.is_sharded(self.model) else norm  # type: ignore[attr-defined]
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -299,17 +302,18 @@ class Trainer:
 
         Of all processes' samples together. Changes no weight and no random state.
         """
-        parallel.share_buffers(self.model, self.averages)
         model = self.evaluated_model
-        return evaluate(model, self._in_step(loader), self.criterion, self.device, reduce=True, **self._numbers)
+        with parallel.shared_buffers(model):
+            return evaluate(model, self._in_step(loader), self.criterion, self.device, reduce=True, **self._numbers)
 
     def predict(self, loader: Iterable) -> Tensor:
         """The outputs for all batches of `loader`, (N, …) float32 on the CPU, from the model that is validated.
 
         Of several processes each gets those of its own part.
         """
-        parallel.share_buffers(self.model, self.averages)
-        return outputs_of(self.evaluated_model, self._in_step(loader), self.device, **self._numbers)
+        model = self.evaluated_model
+        with parallel.shared_buffers(model):
+            return outputs_of(model, self._in_step(loader), self.device, **self._numbers)
 
     # ------------------------------------------------------------------------------------------------------- its parts
 
@@ -318,11 +322,16 @@ class Trainer:
 
         A process that has less of an epoch than others takes part with empty batches, until all are done.
         """
+        if distributed.world_size() > 1 and not parallel.is_wrapped(self.model):
+            raise ValueError("several processes train one model: wrap it by parallel.replicate or parallel.shard first")
+        distributed.check_group()
         while True:
             window = [to_device(batch, self.device, self.memory_format) for batch in self._next_window(batches)]
             samples, length = sum(len(targets) for _, targets in window), len(window)
             if distributed.world_size() > 1:
                 samples, length = self._agree_on(samples, length)
+                if self._cut_off:
+                    self._leave_if_signalled()
                 if window:
                     inputs, targets = window[-1]
                     self._empty_batch = tree_map(lambda part: part[:0], inputs), targets[:0]
@@ -340,18 +349,23 @@ class Trainer:
     def _agree_on(self, samples: int, length: int) -> tuple[int, int]:
         """Of all processes: samples in their windows, length of the longest, and a signal that one of them noted."""
         began = time.perf_counter()
-        every = distributed.all_gather([samples, length, self._signals.signum])
+        every = distributed.all_gather([samples, length, self._signals.signum, self._cut_off])
         self.waiting_seconds += time.perf_counter() - began
-        self._agreed_signal = int(max(signum for _, _, signum in every))
-        return int(sum(count for count, _, _ in every)), int(max(longest for _, longest, _ in every))
+        counts, lengths, signums, cut_off = zip(*every, strict=True)
+        self._agreed_signal, self._cut_off = int(max(signums)), any(cut_off)
+        return int(sum(counts)), int(max(lengths))
 
     def _next_window(self, batches: Iterator) -> list:
         try:
             return list(itertools.islice(batches, self.accumulate))
-        except RuntimeError:  # a signal to the whole process group also ends the loader's workers
+        except WORKER_ENDED as error:  # a signal to the whole process group also ends the loader's workers
             if self._signals.signum and self.batch == 0:
                 self._position.rewind()
+            if self._signals.signum and distributed.world_size() > 1:
+                self._cut_off = True  # all leave before this window, in which a part would be missing
+                return []
             self._leave_if_signalled()
+            _name_worker(error)
             raise
 
     @property
@@ -389,8 +403,9 @@ class Trainer:
                 self._agree_on(0, 0)
                 return means
             return self.validate(self._signals.until(loader))
-        except (RuntimeError, ValueError):  # its workers were ended by the signal, perhaps before the first batch
+        except (*WORKER_ENDED, ValueError) as error:  # by the signal, perhaps before the first batch
             self._leave_if_signalled()
+            _name_worker(error)
             raise
 
     def _finite_now(self, results: list[BatchResult], window: list[tuple[Any, Tensor]]) -> bool:
@@ -436,10 +451,11 @@ class Trainer:
         """All that the run depends on, as tensors and plain values; `load_state_dict` goes on from it exactly."""
         self._read_losses()
         weights, optimizer = parallel.full_state(self.model, self.optimizer)
-        own = {
+        own: dict[str, Any] = {
             "random_state": random_state(self.device),
             "running": self._running.state_dict(),
             "position": self._position.state_dict(),
+            "buffers": [b.clone() for b in bare_model(self.model).buffers()] if distributed.world_size() > 1 else [],
         }
         ranks = distributed.gather_objects(own)
         optional = {
@@ -485,7 +501,8 @@ class Trainer:
             raise CheckpointError(
                 f"{where}: {wrong!r} is missing or no {SAVED[wrong].__name__}; use another checkpoint"
             )
-        bad = next((name for name, w in state["model_state_dict"].items() if not bool(w.isfinite().all())), None)
+        weights = state["model_state_dict"]
+        bad = next((k for k, w in weights.items() if w.is_floating_point() and not bool(w.isfinite().all())), None)
         if bad is not None and self.nan_policy == "stop":
             raise CheckpointError(f"{where}: {bad!r} is NaN or infinite; use another checkpoint")
         parts = {
@@ -511,6 +528,8 @@ class Trainer:
             self.history = {name: list(values) for name, values in state["history"].items()}
             for name in ("epoch", "step", "batch", "skipped", "best_score", "best_epoch"):
                 setattr(self, name, state[name])
+            for buffer, saved in zip(bare_model(self.model).buffers(), own.get("buffers", []), strict=False):
+                buffer.copy_(saved)
             self._first_epoch, self._resumed_random_state = state["first_epoch"], own["random_state"]
             self._position.load_state_dict(own["position"])
             set_random_state(own["random_state"], self.device)
@@ -555,7 +574,9 @@ class Trainer:
         weights = parallel.own_parameters(self.model)
         statistics = list(bare_model(self.model).buffers()) if distributed.is_main() else []  # rank 0's are saved
         finite = torch.stack([tensor.isfinite().all() for tensor in (*weights, *statistics)]).tolist()
-        if self.nan_policy == "stop" and not all(finite):
+        # a part of a sharded weight is seen by one process only, and rank 0 must not save the rest
+        everywhere = all(flag for (flag,) in distributed.all_gather([all(finite)]))
+        if self.nan_policy == "stop" and not everywhere:
             # from an infinite gradient of a finite loss: the next loss would tell, too late for this checkpoint
             which = "running statistic" if all(finite[: len(weights)]) else "weight"
             raise NonFiniteLoss(
@@ -612,6 +633,12 @@ class Trainer:
         if signum:
             saved = self._saved_at == (self.step, self.epoch, self.batch)
             raise Interrupted(signum, self._saved_path if saved else self.save())
+
+
+def _name_worker(error: Exception) -> None:
+    """Where `error` is of reading from a loader's worker that is gone, raises one that says so."""
+    if isinstance(error, (EOFError, ConnectionError)):
+        raise RuntimeError("a worker process of the loader has ended: killed, perhaps for want of memory") from error
 
 
 def _check_options(
