@@ -195,7 +195,8 @@ def run_together(args: argparse.Namespace, argv: list[str] | None, device: torch
             return train(args, argv, device, stack)
     except tb.Interrupted as stop:
         if distributed.is_main():
-            print(f"\ninterrupted: {stop}; continue with --resume {stop.checkpoint.parents[1]}", file=sys.stderr)
+            hint = f"interrupted: {stop}; continue with --resume {stop.checkpoint.parents[1]}"
+            print("\n" + options.printable(hint), file=sys.stderr)
         return 128 + stop.signum
     except BrokenPipeError:  # who read our output has left; nothing saved is lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             return train(args, argv, stack)
     except tb.Interrupted as stop:
         hint = "" if args.dry_run else f"; continue with --resume {stop.checkpoint.parents[1]}"
-        print(f"\ninterrupted: {stop}{hint}", file=sys.stderr)
+        print("\n" + options.printable(f"interrupted: {stop}{hint}"), file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved stays", file=sys.stderr)
@@ -195,7 +195,7 @@ def train(args: argparse.Namespace, argv: list[str] | None, stack: contextlib.Ex
     try:
         draw_mistakes(logits, targets, data, run.path / "mistakes.png")
     except (ImportError, OSError) as error:  # a picture must not cost a result
-        print(f"warning: {run.path / 'mistakes.png'} was not drawn: {error}", file=sys.stderr)
+        options.print_warning(f"{run.path / 'mistakes.png'} was not drawn: {error}")
     return 0
 
 

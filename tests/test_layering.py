@@ -20,7 +20,7 @@ MAY_IMPORT = {
     # what the training scripts share stands on all of the rest
     "loaders": {"data", "mnist"},
     "options": {"checkpoint", "loaders", "models", "optim", "trainer"},
-    "report": {"checkpoint", "device", "distributed", "loaders", "models", "trainer"},
+    "report": {"checkpoint", "device", "distributed", "loaders", "models", "options", "trainer"},
     "position": {"device"},
     "data": {"digits", "distributed", "images", "mnist"},
 }

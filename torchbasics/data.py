@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate, random_split
 
 from torchbasics import digits, distributed
-from torchbasics.images import eight_bit
+from torchbasics.images import FORMATS, eight_bit, open_regular
 from torchbasics.mnist import CLASSES, DataError, download_mnist, import_torchvision, missing_files, read_mnist
 
 NORMALISATION = {"mnist": ((0.1307,), (0.3081,))}  # of the 60,000 training images; the others' are computed when loaded
@@ -385,7 +385,7 @@ class SeededImageFolder(Dataset):
 
         path = self.samples[index][0]
         try:
-            with Image.open(path) as image:
+            with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
                 image.load()
                 return eight_bit(image)
         except Exception as error:  # PIL raises nearly anything on a broken file

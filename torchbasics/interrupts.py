@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -37,6 +38,8 @@ class SignalNote:
 
     def __exit__(self, *exc_info: object) -> None:
         self.signum = 0
+        if self._before and exc_info[0] is not None:  # perhaps a dead worker: torch's handler would say it again
+            _ignore_ended_workers()
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}
@@ -47,13 +50,15 @@ class SignalNote:
                 os._exit(128 + signum)
             return
         if self.signum:
+            for worker in multiprocessing.active_children():  # alone they would notice seconds later
+                worker.kill()
             signal.signal(signum, signal.SIG_DFL)
             os.kill(self._owner, signum)
         self.signum = signum
-        if signum == signal.SIGTERM and hasattr(signal, "SIGCHLD") and callable(signal.getsignal(signal.SIGCHLD)):
+        if signum == signal.SIGTERM:
             # Sent to the whole process group it ends a loader's workers too, and torch's handler of that would raise
             # anywhere, in mid-step. Not put back: the process is about to end.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _ignore_ended_workers()
 
     def until(self, batches: Iterable) -> Iterator:
         """The batches, until a signal is noted."""
@@ -61,3 +66,8 @@ class SignalNote:
             yield batch
             if self.signum:
                 return
+
+
+def _ignore_ended_workers() -> None:
+    if hasattr(signal, "SIGCHLD") and callable(signal.getsignal(signal.SIGCHLD)):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

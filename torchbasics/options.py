@@ -22,6 +22,8 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 # Options that only one of the scripts has; a run may be continued by the other.
 OF_ONE_SCRIPT = {"dry_run", "tensorboard", "anomaly", "strategy", "sync_bn", "bf16_gradients", "timeout"}
+# What the system says of a disk that is full, forbidden or broken.
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -201,7 +203,7 @@ def printable(text: object) -> str:
 
 def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Takes the place of `warnings.showwarning`: one line."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def one_line(
@@ -214,7 +216,7 @@ def one_line(
     text = " ".join(text.split()) or type(error).__name__
     if type(error) is ConnectionError:  # of a download; not a broken pipe
         text += "; connect to the network, put the files under --data-dir, or use --dataset digits"
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    elif isinstance(error, OSError) and error.errno in NOT_WRITTEN:
         text = f"{error.filename or 'the output directory'}: {error.strerror}; {not_written}"
     if not isinstance(error, (ValueError, OSError, ImportError, NonFiniteLoss)):
         text = f"{type(error).__name__}: {text[:300]} (--debug shows where)"

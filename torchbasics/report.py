@@ -23,6 +23,7 @@ from torchbasics.device import device_name, synchronize
 from torchbasics.distributed import all_reduce_sums, on_main
 from torchbasics.loaders import Loaders
 from torchbasics.models import count_parameters
+from torchbasics.options import printable
 from torchbasics.trainer import NonFiniteLoss, Trainer
 
 
@@ -65,7 +66,7 @@ class Report:
     def say(self, line: str) -> None:
         """Prints a line, unless `--quiet`."""
         if not self.args.quiet:
-            print(line, flush=True)
+            print(printable(line), flush=True)
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Draws the progress line anew, five times a second."""
@@ -208,21 +209,23 @@ def print_result(result: dict[str, Any], run: RunDirectory, notice: str, launche
         f"(loss {result['test_loss']:.4f}) on {result['dataset']}"
     )
     shares = {name: share for name, share in result["accuracy_by_class"].items() if share is not None}
-    print("by class: " + "  ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    print("by class: " + "  ".join(f"{printable(name)} {share:.1%}" for name, share in shares.items()))
     print(
         f"stopped because: {result['stopped_because']}; training took {result['train_seconds']:.0f} s, "
         f"{result['samples_per_second']:,.0f} images/s"
     )
     if kept:
         best = shlex.quote(str(run.checkpoints / "best.pt"))
-        print(f"files:    {run.path}\nweights:  {best}\ncontinue: {launcher} --resume {shlex.quote(str(run.path))}")
+        lines = [f"files:    {run.path}", f"weights:  {best}"]
+        lines.append(f"continue: {launcher} --resume {shlex.quote(str(run.path))}")
         for name, rest in (("predict", " digit.png"), ("export", "")):
             script = Path(sys.argv[0]).with_name(f"{name}.py")
             if script.is_file():  # not beside a copy of the training script alone
                 command = shlex.join([Path(sys.executable).name, str(script), "--checkpoint"])
-                print(f"{name + ':':9} {command} {best}{rest}")
+                lines.append(f"{name + ':':9} {command} {best}{rest}")
+        print("\n".join(map(printable, lines)))
     if notice:
-        print(notice)
+        print(printable(notice))
 
 
 def unused_directory(dataset: str) -> Path:
