@@ -46,10 +46,11 @@ class RunningMeans:
             return None
         zero = torch.zeros((), device=self.pending[0].loss.device)
         wide = torch.float32 if zero.device.type == "mps" else torch.float64
-        pairs = [(result.loss, zero if result.correct is None else result.correct) for result in self.pending]
-        values = torch.stack([torch.stack([loss.to(wide), correct.to(wide)]) for loss, correct in pairs]).tolist()
-        bad = next(((loss, len(values) - i) for i, (loss, _) in enumerate(values) if not math.isfinite(loss)), None)
-        for (loss, correct), result in zip(values, self.pending, strict=True):
+        losses = torch.stack([result.loss for result in self.pending]).to(wide)
+        corrects = torch.stack([zero if result.correct is None else result.correct for result in self.pending])
+        values = torch.stack([losses, corrects.to(wide)]).tolist()
+        bad = next(((loss, len(losses) - i) for i, loss in enumerate(values[0]) if not math.isfinite(loss)), None)
+        for loss, correct, result in zip(*values, self.pending, strict=True):
             self.loss_sum += loss * result.samples
             self.samples += result.samples
             self.correct += int(correct)
@@ -88,8 +89,9 @@ def forward(
     if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
         outputs = outputs.float()  # losses are sums of exponentials: not in half precision
     # a process's part of a batch may be empty: it takes part in all that is done together, and adds nothing
-    loss = criterion(outputs, targets) if len(targets) else nothing_of(outputs)
-    return loss, BatchResult(loss.detach(), *_correct(outputs, targets), len(targets))
+    samples = targets.shape[0]
+    loss = criterion(outputs, targets) if samples else nothing_of(outputs)
+    return loss, BatchResult(loss.detach(), *_correct(outputs, targets), samples)
 
 
 def _correct(outputs: Any, targets: Tensor) -> tuple[Tensor | None, int]:

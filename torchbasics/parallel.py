@@ -92,28 +92,25 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "set_requires_gradient_sync")
 
 
-@contextlib.contextmanager
-def gradient_exchange(model: nn.Module, wanted: bool) -> Any:
+def gradient_exchange(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
     """Inside, backward exchanges gradients with the other processes only if `wanted`; without others: nothing."""
+    if isinstance(model, DistributedDataParallel) and not wanted:
+        return model.no_sync()
     if is_sharded(model):
         model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
-        yield
-    elif isinstance(model, DistributedDataParallel) and not wanted:
-        with model.no_sync():
-            yield
-    else:
-        yield
+    return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def kept_statistics(model: nn.Module, samples: int) -> Iterator[None]:
+def kept_statistics(model: nn.Module, samples: int) -> contextlib.AbstractContextManager:
     """Inside, BatchNorm uses its running statistics where a process's part of a batch is too small to have its own.
 
     Of no sample it would learn NaN, and of one BatchNorm1d refuses to. SyncBatchNorm knows better.
     """
-    if samples > 1 or not _is_parallel():
-        yield
-        return
+    return contextlib.nullcontext() if samples > 1 or not _is_parallel() else _without_learning(model, samples)
+
+
+@contextlib.contextmanager
+def _without_learning(model: nn.Module, samples: int) -> Iterator[None]:
     kinds = BatchNorm if samples == 0 else nn.BatchNorm1d
     learning = [
         module
