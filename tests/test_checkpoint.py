@@ -20,6 +20,7 @@ import tempfile
 import threading
 import unittest
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -460,6 +461,9 @@ class Durability(TempCase):
         self.assertEqual(step_of(load_checkpoint(self.path)), 1)
         save_checkpoint(state(3), self.path)
         second = self.path.read_bytes()
+        self.path.write_bytes(first)  # nor the third: what is there stays allowed, not what the record says first
+        self.assertEqual(step_of(load_checkpoint(self.path)), 1)
+        self.path.write_bytes(second)
         save_checkpoint(state(4), self.path)
         self.path.write_bytes(first)
         self.refused("SHA-256")
@@ -695,6 +699,32 @@ class Content(TempCase):
         self.refused("record")
         self.assertFalse(target.exists())
 
+    def test_what_is_refused_before_torch_sees_it(self) -> None:
+        class Call:
+            def __reduce__(self) -> tuple:
+                return bytearray, (100,)
+
+        plain, called, newer, packed = io.BytesIO(), io.BytesIO(), io.BytesIO(), io.BytesIO()
+        torch.save(state(weight=torch.zeros(1000)), plain)
+        torch.save(state(extra=Call()), called)
+        torch.save(state(extra=Call()), newer, pickle_protocol=4)  # names what it calls in another way
+        with zipfile.ZipFile(plain) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+            names = old.namelist()
+            for name in names:
+                new.writestr(name, old.read(name))
+        with warnings.catch_warnings(), zipfile.ZipFile(plain, "a") as twice:
+            warnings.simplefilter("ignore")
+            twice.writestr(next(name for name in names if "/data/" in name), b"other weights")
+        for file, words in (
+            (called, "holds more than tensors and plain values"),
+            (newer, "holds more than tensors and plain values"),
+            (packed, "would unpack to more than its own size"),
+            (plain, "has two entries of one name"),
+        ):
+            self.forge(file.getvalue())
+            with mock.patch.object(torch, "load", side_effect=AssertionError("torch has seen it")):
+                self.refused(words)
+
     def test_there_is_no_second_try_with_less_safety(self) -> None:
         self.save(state())
         with mock.patch.object(torch, "load", side_effect=RuntimeError("no")) as load:
@@ -759,6 +789,10 @@ class Folder(TempCase):
         self.fill(1)
         (self.root / "step-00000002.pt").mkdir()
         self.assertEqual(self.latest(warned=1), 1)
+        (self.root / "step-00000002.pt" / "notes.txt").write_text("kept")
+        self.folder.save(state(2))  # put aside, not removed
+        self.assertEqual(self.latest(warned=0), 2)
+        self.assertEqual([path.read_text() for path in self.root.glob("step-00000002.pt.*.aside/notes.txt")], ["kept"])
 
     def test_the_last_few_and_the_best_stay_and_so_does_what_is_not_ours(self) -> None:
         foreign = [
@@ -1030,6 +1064,11 @@ class Run(TempCase):
             run.write_metrics(rows)
             lines = (self.path / "metrics.jsonl").read_text().splitlines()
             self.assertEqual([json.loads(line) for line in lines], rows)
+            full = OSError(errno.ENOSPC, "full")
+            with mock.patch.object(os, "replace", side_effect=full), self.assertRaises(OSError):
+                run.write_metrics([{"epoch": 1}])
+            lines = (self.path / "metrics.jsonl").read_text().splitlines()
+            self.assertEqual([json.loads(line) for line in lines], rows)  # all or nothing
             run.write_metrics([])
             self.assertEqual((self.path / "metrics.jsonl").read_bytes(), b"")
 

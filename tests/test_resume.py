@@ -359,6 +359,17 @@ class Precisions(ResumeCase):
         self.assertEqual((straight.skipped, straight.step, straight.scaler.get_scale()), (2, 16, 2.0**14))
 
 
+class Again(ResumeCase):
+    def test_what_was_resumed_is_what_a_save_would_hold(self) -> None:
+        first = self.trainer("run")
+        first.fit(*self.tensor_loaders(), 1, verbose=False)
+        saved = load_checkpoint(first.checkpoints.steps()[-1][1])
+        again = self.trainer("run")
+        torch.rand(3), random.random()
+        again.resume()
+        self.assertEqual(list(differences(again.state_dict(), saved)), [])
+
+
 class Damage(ResumeCase):
     def build(self, name: str, **options: Any) -> tuple:
         return self.trainer(name, save_every=2, keep=5, **options), *self.tensor_loaders()

@@ -189,12 +189,12 @@ def kill_workers(row: Row, process: subprocess.Popen, run: Path, wanted: int) ->
 def killed_many_times(row: Row) -> None:
     """Row 2: 20 kills within one run; each loses at most one save interval."""
     kills, interval = row.pick(20, 3), 3
-    options = (*SMALL, "--epochs", row.pick("12", "3"), "--save-every", str(interval), "--ema", "0.9")
+    options = (*SMALL, "--epochs", row.pick("20", "3"), "--save-every", str(interval), "--ema", "0.9")
     expected, _ = reference(row, *options)
     run, reached, done = row.new(), Shared(), 0
     while done < kills:
         begun = ("--resume", run) if (run / "run.json").exists() else (*options, "--output", run)
-        at = saved_step(run) + row.rng.randint(1, 6)
+        at = saved_step(run) + row.rng.randint(interval, 2 * interval + 1)
         child = start(training(*begun, hook=kill_at(at, reached=reached)), run)
         code = child.wait()
         lost = reached.value - saved_step(run)
@@ -205,6 +205,7 @@ def killed_many_times(row: Row) -> None:
         done += 1
         if code == 0:
             break
+    row.failures += ["nothing was saved before the last kill"] * (not saved_step(run))
     row.failures += resume_to_end(run, *options) + differences(run, expected)
 
 
@@ -221,16 +222,17 @@ def signalled(row: Row) -> None:
     """Row 9: SIGTERM and SIGINT, once and twice, in a step, a save, a validation, and at random times."""
     options = folder_options(row)
     expected, seconds = reference(row, *options)
-    for what, place in (("step", in_step), ("save", in_save), ("validation", in_validation)):
+    for what, place in (("step", in_step), ("save", in_save), ("validation", in_validation), ("group", in_group)):
         for signum in (signal.SIGTERM, signal.SIGINT):
-            for _ in range(row.pick(4, int((what == "save") == (signum == signal.SIGINT)))):
+            sample = int((what == "save") == (signum == signal.SIGINT))
+            for _ in range(row.pick(4, sample)):
                 at = row.rng.randint(1, 2) if what == "validation" else row.rng.randint(1, 25)
                 run, reached = row.new(), Shared()
                 child = start(place(options, run, at, signum, reached), run)
                 signal_case(row, f"{signum.name} in {what} {at}", child, run, options, expected, signum, reached)
     for times in (1, 2):
         for signum in (signal.SIGTERM, signal.SIGINT):
-            for _ in range(row.pick(6, int(times == 2 and signum == signal.SIGTERM))):
+            for _ in range(row.pick(6 * times, int(times == 2 and signum == signal.SIGTERM))):
                 run, pause = row.new(), row.rng.uniform(0.2, seconds)
                 child = start(training(*options, "--output", run), run)
                 time.sleep(pause)
@@ -243,6 +245,17 @@ def signalled(row: Row) -> None:
 
 def in_step(options: tuple, run: Path, at: int, signum: int, reached: Shared) -> Any:
     return training(*options, "--output", run, hook=kill_at(at, signum, reached))
+
+
+def in_group(options: tuple, run: Path, at: int, signum: int, reached: Shared) -> Any:
+    """As a terminal's Ctrl-C, or a batch system: the signal goes to the loader's workers too."""
+
+    def hook(trainer: tb.Trainer) -> None:
+        reached.value = trainer.step
+        if trainer.step == at:
+            os.killpg(os.getpgrp(), signum)
+
+    return training(*options, "--output", run, hook=hook)
 
 
 def in_save(options: tuple, run: Path, at: int, signum: int, reached: Shared) -> Any:
@@ -284,7 +297,7 @@ def signal_case(
 ) -> None:
     """Exit code, checkpoint at that step, no process left, and the same end after a resume."""
     code = child.wait(40)
-    problems = [child.group_gone(5 if code > 0 else 10)]  # ended at once, its workers look for it every five seconds
+    problems = [child.group_gone(5)]
     if reached is not None:
         if code != 128 + signum:
             problems.append(f"exit code {code}: {child.err[-300:]!r}")
@@ -304,11 +317,16 @@ def workers_killed(row: Row) -> None:
     options = folder_options(row, "--epochs", "40")
     children = []
     for _ in range(row.pick(4, 1)):
-        for what in ("worker", "parent"):
+        for what in ("worker", "parent", "parent of new workers"):
             run, begun = row.new(), Shared()
             child = start(training(*options, "--output", run, hook=kill_at(-1, reached=begun)), run)
             children.append((what, child, begun))
-    for what, child, begun in children:  # all together: an orphan looks for its parent every five seconds
+        while not children_of(child.pid) and what.endswith("new workers") and child.poll() is None:
+            pass
+        if what.endswith("new workers"):
+            time.sleep(row.rng.choice((0, 0, 0.001, 0.01)))
+            child.signal(signal.SIGKILL)
+    for what, child, begun in children:
         while begun.value < 2 and child.poll() is None:
             time.sleep(0.01)
         time.sleep(row.rng.uniform(0, 0.05))
@@ -320,7 +338,7 @@ def workers_killed(row: Row) -> None:
     for what, child, _ in children:
         code = child.wait(20)
         said = one_error(child, "worker", codes=(1,)) if what == "worker" else []
-        wrong = f"exit code {code}" if what == "parent" and code != -9 else ""
+        wrong = f"exit code {code}" if what != "worker" and code != -9 else ""
         row.case(f"{what} killed", said, wrong, child.group_gone(10))
 
 
@@ -500,9 +518,13 @@ def clock_set(row: Row) -> None:
             for i, path in enumerate(sorted((run / "checkpoints").iterdir())):
                 instant = {"equal": 1e9, "reversed": 1e9 - i * 86400, "future": 4e9 - i}[order]
                 os.utime(path, (instant, instant))
+            found = tb.CheckpointFolder(run / "checkpoints").latest()
+            problems = [f"step {found and found[1]['step']} for the newest, {newest}"] * (
+                found is None or found[1]["step"] != newest
+            )
             said = row.new("said")
             child = start(training("--resume", run, before=lambda y=years: jump(y)), said)
-            problems = [f"resumed: {child.err[-300:]}"] if child.wait() else []
+            problems += [f"resumed: {child.err[-300:]}"] if child.wait() else []
             found = tb.CheckpointFolder(run / "checkpoints").latest()
             problems += [f"newest {newest}"] * (found is None or found[1]["step"] != STEPS)
             row.case(f"{years} years, file times {order}, step {at}", problems, differences(run, expected))
