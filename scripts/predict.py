@@ -41,7 +41,7 @@ from torchbasics.models import MODELS
 
 DIGITS = ("mnist", "digits")  # centred by mass in a box of 20 pixels; images of other data sets are only resized
 # A word in a quantised program, and the module that registers its operators: without it torch cannot load the program.
-OPERATORS = ((b"torchao", "torchao"), (b"quantized_decomposed", "torch.ao.quantization.fx._decomposed"),
+OPERATORS = ((b"quantized_decomposed", "torch.ao.quantization.fx._decomposed"),
              (b"quantized_decomposed", "torchao.quantization.pt2e.quantize_pt2e"))
 BATCH, MOST_SHOWN = 64, 400
 Seen = tuple[dict[str, Any], Tensor | None, Any]  # an image's row of the result, the network's input, a thumbnail
@@ -206,9 +206,16 @@ def open_program(content: bytes) -> Callable[[Tensor], Tensor]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = archive.namelist()
     if any("aotinductor/" in name for name in names):
+        importlib.import_module("torch._inductor.codecache")  # torch 2.10 forgets to
         return torch._inductor.aoti_load_package(io.BytesIO(content))
     if any(name.endswith("constants.pkl") for name in names):
         return torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
+    if b"torchao" in content:
+        try:
+            importlib.import_module("torchao")
+        except ImportError:
+            raise options.MissingExtra(
+                "a file quantized by torchao needs that package: pip install 'torchbasics[quant]'") from None
     for word, registers_operators in OPERATORS:
         if word in content:
             with contextlib.suppress(ImportError):
@@ -254,20 +261,14 @@ def look(path: str, facts: Facts, args: argparse.Namespace) -> Seen:
     return {"file": path, "error": text}, None, None
 
 
-def probabilities(model: nn.Module, pixels: Tensor, tta: bool) -> Tensor:
-    """(B, classes) for pixels (B, C, H, W); with `tta` the mean over nine views, each shifted by at most one step."""
-    views = images.shifted_views(pixels) if tta else [pixels]
-    return torch.stack([model(view).exp() for view in views]).mean(0)
-
-
 def predict_files(model: nn.Module, facts: Facts, args: argparse.Namespace) -> Iterator[Seen]:
-    """For each image in order what `look` returns, the prediction added to its row."""
+    """For each image in order what `look` returns, the prediction of `model` (log-probabilities) added to its row."""
     for start in range(0, len(args.images), BATCH):
         seen = [look(path, facts, args) for path in args.images[start : start + BATCH]]
         rows = [row for row, _, _ in seen if "error" not in row]
         inputs = [pixels for _, pixels, _ in seen if pixels is not None]
         if rows:
-            best = probabilities(model, torch.stack(inputs), args.tta).topk(min(args.top, len(facts.classes)))
+            best = model(torch.stack(inputs)).exp().topk(min(args.top, len(facts.classes)))
             for row, shares, indices in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
                 row["top"] = [{"class": facts.classes[i], "probability": share}
                               for i, share in zip(indices, shares, strict=True)]
@@ -353,7 +354,7 @@ def predict(args: argparse.Namespace) -> int:
     rows, pairs = [], list[tuple[Any, Tensor]]()
     if not args.json:
         print(f"{'image':<{width}}  class  confidence  runners-up")
-    for row, pixels, small in predict_files(model, facts, args):
+    for row, pixels, small in predict_files(tb.ShiftedViews(model) if args.tta else model, facts, args):
         rows.append(row)
         if "error" in row:
             print(f"error: {options.printable(row['file'])}: {options.printable(row['error'])}", file=sys.stderr)

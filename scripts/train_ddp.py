@@ -148,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if distributed.rank_in_environment():  # help and errors come once, from rank 0
             stack.enter_context(contextlib.redirect_stdout(None))
             stack.enter_context(contextlib.redirect_stderr(None))
-        args = parser.parse_args(argv)
+        args = options.parse_with_preset(parser, argv)
         check_strategy(parser, args)
         args = options.check_resume(parser, args)
     return args
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.device == "auto" and distributed.is_launched() and device.type not in distributed.ACCELERATORS:
             device = torch.device("cpu")  # a Mac's GPU serves one process only
         device = distributed.own_device(device)
-        with distributed.process_group(device, args.timeout):
+        with options.quiet_ends(debug), distributed.process_group(device, args.timeout):
             return run_together(args, argv, device)
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved stays", file=sys.stderr)
@@ -239,7 +239,7 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
             report.count(trainer, trainer.batch)  # a part of an epoch is time too
             report.run.write_info()
         raise
-    result: dict[str, Any] = judge(trainer, data, checkpoints / "best.pt")[0]
+    result: dict[str, Any] = judge(trainer, data, checkpoints / "best.pt", args.tta)[0]
     if run is not None:
         result |= summary(args, data, trainer, run) | {
             "total_seconds": time.monotonic() - began, "communication_seconds": communication.seconds}
@@ -269,6 +269,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Loaders:
     def load() -> Loaders:
         return make_loaders(
             args.dataset, args.data_dir, args.batch_size, val_size=args.val_size, augment=args.augment,
+            rotation=args.rotation, shift=args.shift, scaling=args.scaling,
             image_size=args.image_size, num_workers=args.num_workers, seed=args.seed,
             limit_batches=args.limit_batches, device=device)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import math
 import os
 import shlex
 import sys
@@ -30,12 +32,13 @@ from torchbasics.device import preserved_random_state
 from torchbasics.evaluation import to_device
 from torchbasics.loaders import Loaders, make_loaders
 from torchbasics.mnist import import_torchvision
-from torchbasics.report import Report, judge, metrics, print_result, summary, unused_directory, write_description
+from torchbasics.report import Report, judge, metrics, print_result, score, summary, unused_directory, write_description
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Loaders:
     return make_loaders(
         args.dataset, args.data_dir, args.batch_size, val_size=args.val_size, augment=args.augment,
+        rotation=args.rotation, shift=args.shift, scaling=args.scaling,
         image_size=args.image_size, num_workers=args.num_workers, seed=args.seed, limit_batches=args.limit_batches,
         limit_evaluation=args.limit_batches if args.dry_run else None, device=device)
 
@@ -116,6 +119,8 @@ def make_parser() -> options.Parser:
     options.add_speed_options(parser)
     options.add_stopping_options(parser)
     add = options.add_run_options(parser, tb.__version__).add_argument
+    add("--ensemble", type=options.COUNT, default=1, metavar="N",
+        help="train N models, with seeds from --seed on, and average their probabilities (default: 1)")
     add("--dry-run", action="store_true", help="two batches of everything, nothing kept (default: off)")
     add("--tensorboard", action="store_true", help="write TensorBoard files too; needs that package (default: off)")
     add("--anomaly", action="store_true", help="name the forward line of a NaN gradient; slow (default: off)")
@@ -124,23 +129,32 @@ def make_parser() -> options.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
-    return options.check_resume(parser, parser.parse_args(argv))
+    return options.check_resume(parser, options.parse_with_preset(parser, argv))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 done, 1 failed, 2 bad input, 3 optional package missing, 128 + signal when interrupted and saved."""
     args = parse_args(argv)
     try:
-        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-            setattr(warnings, "showwarning", options.print_warning)  # noqa: B010 (mypy forbids to assign to a function)
-            return train(args, argv, stack)
-    except tb.Interrupted as stop:
-        hint = "" if args.dry_run else f"; continue with --resume {stop.checkpoint.parents[1]}"
-        print("\n" + options.printable(f"interrupted: {stop}{hint}"), file=sys.stderr)
-        return 128 + stop.signum
-    except KeyboardInterrupt:
+        with options.quiet_ends(args.debug):
+            return train_and_tell(args, argv)
+    except KeyboardInterrupt:  # also while an earlier signal is told
         print("\ninterrupted; what was saved stays", file=sys.stderr)
         return 130
+
+
+def train_and_tell(args: argparse.Namespace, argv: list[str] | None) -> int:
+    """`train`, with its end told in one line."""
+    try:
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            setattr(warnings, "showwarning", options.print_warning)  # noqa: B010 (mypy forbids to assign to a function)
+            args, run = open_run(args, argv, stack)
+            return (train_ensemble if args.ensemble > 1 else train)(args, run, stack)
+    except tb.Interrupted as stop:
+        folder = stop.checkpoint.parents[1 if args.ensemble == 1 else 2]
+        hint = "" if args.dry_run else f"; continue with --resume {folder}"
+        print("\n" + options.printable(f"interrupted: {stop}{hint}"), file=sys.stderr)
+        return 128 + stop.signum
     except BrokenPipeError:  # who read our output has left; nothing saved is lost
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
@@ -151,16 +165,22 @@ def main(argv: list[str] | None = None) -> int:
         return options.exit_code(error)
 
 
-def train(args: argparse.Namespace, argv: list[str] | None, stack: contextlib.ExitStack) -> int:
-    """The recipe."""
-    began = time.monotonic()
+def open_run(
+    args: argparse.Namespace, argv: list[str] | None, stack: contextlib.ExitStack
+) -> tuple[argparse.Namespace, tb.RunDirectory | None]:
+    """The options, of a resumed run its own; and the run's directory, unless that is chosen or replaced later."""
     if args.dry_run:
         args.epochs, args.limit_batches = 1, 2
         args.output = stack.enter_context(tempfile.TemporaryDirectory())
-    run = None
-    if args.output and not args.overwrite:  # what is wrong with it is said before the data is loaded
-        run = stack.enter_context(tb.RunDirectory(args.output, resume=bool(args.resume)))
-        args = options.recorded_options(make_parser(), argv, args, run) if args.resume else args
+    if not args.output or args.overwrite:
+        return args, None
+    run = stack.enter_context(tb.RunDirectory(args.output, resume=bool(args.resume)))
+    return options.recorded_options(make_parser(), argv, args, run) if args.resume else args, run
+
+
+def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextlib.ExitStack) -> int:
+    """The recipe."""
+    began = time.monotonic()
     device = tb.pick_device(args.device)
     tb.set_seed(args.seed, args.deterministic)
     stack.enter_context(torch.autograd.set_detect_anomaly(args.anomaly))
@@ -188,7 +208,7 @@ def train(args: argparse.Namespace, argv: list[str] | None, stack: contextlib.Ex
         report.count(trainer, trainer.batch)  # a part of an epoch is time too
         run.write_info()
         raise
-    result, logits, targets = judge(trainer, data, run.checkpoints / "best.pt")
+    result, logits, targets = judge(trainer, data, run.checkpoints / "best.pt", args.tta)
     result |= summary(args, data, trainer, run) | {"total_seconds": time.monotonic() - began}
     run.write_info(result=result)
     print_result(result, run, data.notice, launcher(), kept=not args.dry_run)
@@ -197,6 +217,68 @@ def train(args: argparse.Namespace, argv: list[str] | None, stack: contextlib.Ex
     except (ImportError, OSError) as error:  # a picture must not cost a result
         options.print_warning(f"{run.path / 'mistakes.png'} was not drawn: {error}")
     return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- ensemble
+
+
+def train_ensemble(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextlib.ExitStack) -> int:
+    """Each member is a run of its own, in a folder of this one; a finished one is not trained again after a resume."""
+    began = time.monotonic()
+    data = load_data(args, tb.pick_device(args.device))
+    if run is None:
+        output = args.output or unused_directory(f"{data.facts['dataset']}-ensemble")
+        run = stack.enter_context(tb.RunDirectory(output, overwrite=args.overwrite))
+    args.dataset = data.facts["dataset"]
+    run.write_info(command=run.info.get("command") or shlex.join(sys.argv), notice=run.info.get("notice", data.notice),
+                   arguments={**vars(args), "output": str(run.path)})
+    members = [train_member(args, run.path / f"member-{i + 1}", args.seed + i) for i in range(args.ensemble)]
+    result = judge_ensemble(args, run, members)
+    run.write_info(result=result | {"total_seconds": time.monotonic() - began})
+    alone = "  ".join(f"{member['test_accuracy']:.2%}" for member in members)
+    print(f"\nensemble of {args.ensemble}: test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f}) on "
+          f"{result['dataset']}; alone {alone}\nfiles:    {options.printable(run.path)}")
+    if run.info["notice"]:
+        print(options.printable(run.info["notice"]))
+    return 0
+
+
+def train_member(args: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
+    """Trains the member in `folder`, or what is left of its training; returns its result."""
+    described = folder / "run.json"
+    begun = bool(args.resume) and described.is_file()
+    if not (begun and "result" in json.loads(described.read_text(encoding="utf-8"))):
+        changes = {"ensemble": 1, "seed": seed, "output": str(folder), "resume": begun, "dry_run": False}
+        free = ["--data-dir", args.data_dir, *(["--quiet"] if args.quiet else [])]
+        with contextlib.ExitStack() as stack:
+            member, run = open_run(argparse.Namespace(**vars(args) | changes), free, stack)
+            train(member, run, stack)
+    return json.loads(described.read_text(encoding="utf-8"))["result"]
+
+
+def judge_ensemble(args: argparse.Namespace, run: tb.RunDirectory, members: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result of the mean probability of all members' best weights on the test set.
+
+    Each member has held out other images for validation, so there is no validation accuracy of all together.
+    """
+    outputs = []
+    for i in range(len(members)):
+        own = argparse.Namespace(**vars(args) | {"seed": args.seed + i})  # its own split, and so its normalisation
+        device = tb.pick_device(args.device)
+        data = load_data(own, device)
+        checkpoints = run.path / f"member-{i + 1}" / "checkpoints"
+        trainer, best = build_trainer(own, data, device, checkpoints), checkpoints / "best.pt"
+        trainer.load_evaluated(tb.load_checkpoint(best)["model_state_dict"], str(best))
+        outputs.append(trainer.predict(data.test, tb.ShiftedViews if args.tta else None).log_softmax(1))
+    logits = torch.stack(outputs).logsumexp(0) - math.log(len(outputs))
+    targets = torch.cat([targets for _, targets in data.test]).cpu()
+    seconds = sum(member["train_seconds"] for member in members)
+    images = sum(member["samples_per_second"] * member["train_seconds"] for member in members)
+    return score(logits, targets, data.facts["classes"]) | {
+        "best_val_accuracy": None, "best_epoch": None, "epochs_run": sum(member["epochs_run"] for member in members),
+        "train_seconds": seconds, "samples_per_second": images / seconds if seconds else 0.0,
+        "stopped_because": f"all {len(members)} members done", "dataset": data.facts["dataset"], "notice": data.notice,
+        "model": args.model, "parameters": sum(member["parameters"] for member in members), "members": members}
 
 
 if __name__ == "__main__":

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import random
+import select
+import signal
 import struct
 import tempfile
+import threading
+import time
 import unittest
 import warnings
 from collections import Counter
@@ -342,9 +348,26 @@ class Affine(unittest.TestCase):
         expected = (complex(10, 5) - complex(0.5 * 0.1 * width, -0.8 * 0.1 * height)) / turn
         self.assertLess(abs(found - expected), 0.3)
 
+    def test_resizing_against_interpolation(self) -> None:
+        """Twice as wide and half as high a part of the picture, by torch's own interpolation of its middle."""
+        picture = self.picture(16, 16)
+        affine = RandomAffine(scale=0.5)
+        shown = affine(picture, torch.tensor([[0.0, 0.0, 0.0, -1.0, -1.0]] * 2))  # the middle half, enlarged
+        larger = torch.nn.functional.interpolate(picture, scale_factor=2, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(shown, larger[..., 8:24, 8:24], rtol=0, atol=1e-4)
+        dot = torch.zeros(1, 1, 41, 61)
+        dot[0, 0, 30, 50] = 1.0  # 20 right of the middle, 10 below it
+        moved = affine(dot, torch.tensor([[0.0, 0.0, 0.0, 0.5, -0.4]]))[0, 0]
+        rows, columns = torch.arange(41).view(-1, 1) - 20, torch.arange(61) - 30
+        self.assertAlmostEqual(float((moved * columns).sum() / moved.sum()), 20 / 1.25, delta=0.3)  # a narrower picture
+        self.assertAlmostEqual(float((moved * rows).sum() / moved.sum()), 10 / 0.8, delta=0.3)
+        self.assertEqual(tuple(affine.draw(7, torch.Generator().manual_seed(0)).shape), (7, 5))
+        with self.assertRaisesRegex(ValueError, "scale .* got 1"):
+            RandomAffine(scale=1)
+
     def test_samples_are_changed_independently(self) -> None:
         picture = self.picture(12, 12)
-        affine = RandomAffine(45, 0.3)
+        affine = RandomAffine(45, 0.3, 0.2)
         draws = affine.draw(2, torch.Generator().manual_seed(0))
         both = affine(picture, draws)
         alone = torch.cat([affine(picture[i : i + 1], draws[i : i + 1]) for i in range(2)])
@@ -553,6 +576,47 @@ class Folders(TempCase):
                 sorted(int(x) for batch, _ in part for x in batch[:, 0]), [0, 1, 2, 20, 21, 40, 41, 42, 43]
             )
 
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_workers_end_with_a_process_that_is_killed(self) -> None:
+        alive, written = os.pipe()  # at its end when the last process that may write is gone
+        until, held = os.pipe()
+
+        def read_slowly(image: Any) -> Any:
+            if multiprocessing.parent_process() is not None:
+                os.write(written, b"x")
+                time.sleep(30)
+            return random_pair(image)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python 3.12 warns of forking with threads
+            child = os.fork()
+        if not child:
+            signal.alarm(20)
+            try:
+                os.close(held)
+                batches = iter(folder_loader(SeededImageFolder(self.root, read_slowly), 2, num_workers=2))
+                if not os.fork():  # one that lives on, and has inherited by what the workers see their parent's end
+                    os.close(written)
+                    os.read(until, 1)
+                    os._exit(0)
+                next(batches)
+            finally:
+                os._exit(1)
+        os.close(written)
+        os.close(until)
+        try:
+            self.assertEqual(os.read(alive, 1), b"x")
+        finally:
+            time.sleep(0.1)  # so that the fork has been
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        end = time.monotonic() + 10
+        while select.select([alive], [], [], max(0.0, end - time.monotonic()))[0] and os.read(alive, 1):
+            pass
+        os.close(alive)
+        os.close(held)
+        self.assertLess(time.monotonic(), end, "a worker lives on")
+
     def test_the_loader_goes_on_at_a_position(self) -> None:
         def loader() -> DataLoader:
             return folder_loader(self.folder(), 2, shuffle=True, seed=8)
@@ -632,6 +696,27 @@ class Folders(TempCase):
                 self.folder()[7]
             self.assertIn(f"{path}: not a readable image", str(caught.exception))
             self.assertNotIn("\n", str(caught.exception))
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no pipes with names here")
+    def test_what_would_wait_or_start_another_program_is_not_opened(self) -> None:
+        path = self.root / "c" / "2.png"
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+        with self.assertRaisesRegex(DataError, "cannot identify"):  # PIL would have Ghostscript draw it
+            self.folder()[7]
+        path.unlink()
+        os.mkfifo(path)
+        found = []
+
+        def read() -> None:
+            try:
+                self.folder()[7]
+            except DataError as error:
+                found.append(str(error))
+
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        thread.join(10)
+        self.assertIn("not a regular file", "".join(found))
 
     def test_nothing_to_read(self) -> None:
         with tempfile.TemporaryDirectory() as empty:

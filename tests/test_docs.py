@@ -11,6 +11,7 @@ import os
 import pkgutil
 import re
 import shlex
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -49,6 +50,8 @@ def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{name}_of_the_readme", ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass looks for its module there
+    unittest.addModuleCleanup(sys.modules.pop, spec.name, None)
     spec.loader.exec_module(module)
     return module
 

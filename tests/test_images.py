@@ -257,18 +257,6 @@ class EightBit(unittest.TestCase):
             self.assertIs(images.eight_bit(image), image)
 
 
-class Views(unittest.TestCase):
-    def test_nine_shifts_by_hand(self) -> None:
-        inner = torch.arange(2 * 26 * 26, dtype=torch.float32).view(2, 1, 26, 26)
-        pixels = F.pad(inner, (1, 1, 1, 1))  # empty at the edge: a roll loses nothing
-        views = images.shifted_views(pixels)
-        rolled = [torch.roll(pixels, (-dy, -dx), (2, 3)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-        torch.testing.assert_close(torch.stack(views), torch.stack(rolled), rtol=0, atol=0)
-        column = torch.tensor([[1.0], [2.0]]).expand(1, 1, 2, 2)  # a small image moves by one pixel; its edges go on
-        seen = [view[0, 0, :, 0].tolist() for view in images.shifted_views(column)[::3]]
-        self.assertEqual(seen, [[1, 1], [1, 2], [2, 2]])
-
-
 class Loading(unittest.TestCase):
     def test_what_is_no_image_is_named_and_too_large_a_one_not_decoded(self) -> None:
         with tempfile.TemporaryDirectory() as folder:

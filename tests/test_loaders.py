@@ -64,6 +64,15 @@ class InMemory(LoadersCase):
         self.assertNotEqual(images(plain.train), images(shaken.train))
         self.assertEqual(images(plain.val), images(shaken.val))
 
+    def test_how_far_augmentation_goes(self) -> None:
+        common: dict[str, Any] = {"batch_size": 32, "val_size": 40}
+        affine = make_loaders("digits", **common, rotation=0.0, shift=0.3, scaling=0.2).train.augment
+        self.assertEqual((affine.radians, affine.shift, affine.scale), (0.0, 0.3, 0.2))
+        still = make_loaders("digits", **common, rotation=0.0, shift=0.0)
+        plain = make_loaders("digits", **common, augment=False)
+        (x, _), (y, _) = next(iter(still.train)), next(iter(plain.train))
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
+
     def test_limits(self) -> None:
         data = make_loaders("digits", val_size=40, batch_size=8, limit_batches=3, limit_evaluation=1)
         self.assertEqual([len(batches(part)) for part in data[:3]], [3, 1, 1])

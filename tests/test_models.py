@@ -18,9 +18,12 @@ from torchbasics.models import (
     MLP,
     CustomLoss,
     EnsembleModel,
+    FastNet,
     MNISTNet,
     NeuralNetwork,
+    ShiftedViews,
     SimpleNet,
+    SmallVGG,
     count_parameters,
     count_parameters_by_layer,
     freeze,
@@ -49,6 +52,8 @@ def all_models() -> list[tuple[nn.Module, tuple[int, ...], int]]:
         (MLP(20, 16, 4), (20,), 4),
         (CNN(), (1, 28, 28), 10),
         (MNISTNet(), (1, 28, 28), 10),
+        (FastNet(), (1, 28, 28), 10),
+        (SmallVGG(), (1, 28, 28), 10),
         (EnsembleModel([SimpleNet(), SimpleNet()]), (784,), 10),
     ]
 
@@ -80,11 +85,26 @@ class ParameterCounts(unittest.TestCase):
         self.assertEqual(block1 + block2 + linear(64 * 7 * 7, 256) + linear(256, 10), 871_018)
         self.check(MNISTNet(), 871_018)
 
+    def test_fast_net(self) -> None:
+        convolutions = 25 * 16 + 9 * (16 * 16 + 16 * 32 + 32 * 32) + 2 * norm(16) + 2 * norm(32)
+        self.assertEqual(convolutions + linear(288, 10), 19_610)
+        self.check(FastNet(), 19_610)
+
+    def test_small_vgg(self) -> None:
+        pairs = ((1, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128))
+        self.assertEqual(sum(9 * n * m + norm(m) for n, m in pairs) + linear(9 * 128, 10), 298_410)
+        self.check(SmallVGG(), 298_410)
+        pairs = ((1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8))
+        self.check(SmallVGG(width=2), sum(9 * n * m + norm(m) for n, m in pairs) + linear(9 * 8, 10))
+
     def test_image_sizes_and_channels(self) -> None:
         convolutions = conv(3, 32) + norm(32) + conv(32, 64) + norm(64)
         self.check(CNN(5, in_channels=3, image_size=32), convolutions + linear(64 * 8 * 8, 128) + linear(128, 5))
         for size in (4, 12, 32):
             for model in (CNN(in_channels=2, image_size=size), MNISTNet(in_channels=2, image_size=size)):
+                self.assertEqual(model(torch.randn(2, 2, size, size)).shape, (2, 10))
+        for size in (8, 12, 32):
+            for model in (FastNet(in_channels=2, image_size=size), SmallVGG(in_channels=2, image_size=size)):
                 self.assertEqual(model(torch.randn(2, 2, size, size)).shape, (2, 10))
 
 
@@ -119,6 +139,45 @@ class Forward(unittest.TestCase):
         h = F.max_pool2d(F.relu(F.conv2d(h, w[4], w[5], padding=1) * scale), 2)
         h = F.relu(F.linear(h.reshape(2, -1), w[8], w[9]))
         torch.testing.assert_close(model(x), F.linear(h, w[10], w[11]))
+
+    def test_fast_net_in_eval_mode_against_functional_calls(self) -> None:
+        model = FastNet(image_size=8).eval()
+        x = torch.randn(2, 1, 8, 8)
+        w = [p for p in model.parameters() if p.ndim != 1] + [model.classifier.bias]
+        scale = 1 / math.sqrt(1 + 1e-5)
+        h = F.relu(F.conv2d(x, w[0], stride=2, padding=2) * scale)
+        h = F.max_pool2d(F.relu(F.conv2d(h, w[1], padding=1) * scale), 2)
+        h = F.relu(F.conv2d(h, w[2], padding=1) * scale)
+        h = F.max_pool2d(F.relu(F.conv2d(h, w[3], padding=1) * scale), 2)
+        torch.testing.assert_close(model(x), F.linear(h.flatten(1), w[4], w[5]))
+
+    def test_small_vgg_in_eval_mode_against_functional_calls(self) -> None:
+        model = SmallVGG(image_size=8, width=2).eval()
+        h = x = torch.randn(2, 1, 8, 8)
+        weights = [p for p in model.parameters() if p.ndim == 4]
+        for i, weight in enumerate(weights):
+            h = F.relu(F.conv2d(h, weight, padding=1) / math.sqrt(1 + 1e-5))
+            h = F.max_pool2d(h, 2) if i % 2 else h
+        torch.testing.assert_close(model(x), model.classifier(h.flatten(1)))
+
+    def test_shifted_views_average_the_probabilities_of_nine_shifts(self) -> None:
+        inner = torch.randn(2, 1, 26, 26)
+        x = F.pad(inner, (1, 1, 1, 1))  # empty at the edge: a roll loses nothing
+        model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 3))
+        rolled = [torch.roll(x, (dy, dx), (2, 3)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        expected = torch.stack([model(view).softmax(1) for view in rolled]).mean(0)
+        torch.testing.assert_close(ShiftedViews(model)(x).exp(), expected)
+
+    def test_shifted_views_repeat_the_edges(self) -> None:
+        x = torch.tensor([[1.0], [2.0]]).expand(1, 1, 2, 2)  # a small image moves by one pixel
+        seen: list[list[float]] = []
+
+        def look(view: torch.Tensor) -> torch.Tensor:
+            seen.append(view[0, 0, :, 0].tolist())
+            return view.flatten(1)
+
+        ShiftedViews(look)(x)  # type: ignore[arg-type]
+        self.assertEqual(seen[::3], [[1, 1], [1, 2], [2, 2]])
 
     def test_mnist_net_drops_whole_channels(self) -> None:
         model = MNISTNet(dropout=0.5)
@@ -175,6 +234,9 @@ class Forward(unittest.TestCase):
             (lambda: MNISTNet(image_size=2), "multiple of 4.*2"),
             (lambda: CNN(image_size=0), "image_size.*positive integer.*0"),
             (lambda: MNISTNet(in_channels=0), "in_channels.*0"),
+            (lambda: FastNet(image_size=4), "at least 8.*4"),
+            (lambda: SmallVGG(image_size=30), "multiple of 4.*30"),
+            (lambda: SmallVGG(width=0), "width.*0"),
             (lambda: SimpleNet(num_classes=0), "num_classes.*0"),
             (lambda: SimpleNet(hidden_sizes=(3, -1)), "hidden_sizes.*-1"),
             (lambda: NeuralNetwork(2.5, 1), "num_inputs.*2.5"),  # type: ignore[arg-type]
@@ -393,13 +455,15 @@ class MakeModel(unittest.TestCase):
             "cnn": models.CNN(7, 3, 32, 0.1),
             "mlp": models.MLP(3 * 32 * 32, 256, 7, 0.1),
             "simplenet": models.SimpleNet(3 * 32 * 32, num_classes=7),
+            "fastnet": models.FastNet(7, 3, 32),
+            "smallvgg": models.SmallVGG(7, 3, 32, 0.1),
         }
         self.assertEqual(set(models.MODELS), set(expected))
         for name, model in expected.items():
             self.assertEqual(str(models.make_model(name, 7, 3, 32, 0.1)), str(model), name)
 
     def test_another_name_is_refused_with_the_names(self) -> None:
-        with self.assertRaisesRegex(ValueError, "mnistnet, cnn, mlp, simplenet, got 'resnet'"):
+        with self.assertRaisesRegex(ValueError, "mnistnet, cnn, mlp, simplenet, fastnet, smallvgg, got 'resnet'"):
             models.make_model("resnet")
 
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import json
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -42,6 +43,39 @@ def ended(function: Any, *args: Any) -> tuple[int, str]:
     raise AssertionError("it did not end")
 
 
+class Presets(unittest.TestCase):
+    def parse(self, *argv: str) -> dict[str, Any]:
+        return vars(options.parse_with_preset(make_parser(), list(argv)))
+
+    def test_a_preset_changes_defaults_and_nothing_else(self) -> None:
+        plain = self.parse()
+        for name, values in options.PRESETS.items():
+            self.assertLessEqual(values.keys(), plain.keys())
+            self.assertEqual(self.parse("--preset", name), plain | values | {"preset": name})
+            self.assertEqual(self.parse(f"--preset={name}"), self.parse("--preset", name))
+
+    def test_what_is_given_beside_it_wins(self) -> None:
+        for argv in (
+            ("--preset", "best", "--ema", "0.5", "--no-tta"),
+            ("--ema", "0.5", "--no-tta", "--preset", "best"),
+        ):
+            args = self.parse(*argv)
+            self.assertEqual((args["ema"], args["tta"], args["model"]), (0.5, False, "smallvgg"))
+
+    def test_help_says_what_it_sets_as_one_would_type_it(self) -> None:
+        text = " ".join(make_parser().format_help().split())
+        for name, values in options.PRESETS.items():
+            flags = text.partition(f"--preset {name} sets ")[2].partition("--preset")[0].split()
+            typed = self.parse(*flags)
+            self.assertEqual(typed, self.parse("--preset", name) | {"preset": None})
+            self.assertEqual(len([flag for flag in flags if flag.startswith("--")]), len(values))
+
+    def test_another_name_takes_one_line(self) -> None:
+        code, said = ended(options.parse_with_preset, make_parser(), ["--preset", "slow"])
+        self.assertEqual((code, said.count("\n")), (2, 1))
+        self.assertIn("speedrun", said)
+
+
 class Numbers(unittest.TestCase):
     def test_limits(self) -> None:
         for parse, good, bad in (
@@ -71,6 +105,8 @@ class Numbers(unittest.TestCase):
             ended(make_parser().parse_args, ["--epochs", "0"]),
             (2, "error: argument --epochs: expected a whole number from 1, got '0'; see --help\n"),
         )
+        code, said = ended(make_parser().parse_args, ["\x1b[2J\n1"])
+        self.assertEqual((code, said.count("\n"), "\x1b" in said), (2, 1, False), said)
 
 
 class Resume(unittest.TestCase):
@@ -157,7 +193,9 @@ class Errors(unittest.TestCase):
         self.assertEqual(len(options.one_line(RuntimeError("x" * 999))), len("RuntimeError: ") + 300 + 22)
         full = options.one_line(OSError(errno.ENOSPC, "No space left on device", "a/step-1.pt"))
         self.assertRegex(full, "^a/step-1.pt: No space left on device; older checkpoints are intact, .*--resume$")
-        self.assertRegex(options.one_line(OSError(errno.EROFS, "Read-only")), "^the output directory: Read-only; ")
+        for number in (errno.EROFS, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EACCES):
+            said = options.one_line(OSError(number, "Not written"))
+            self.assertRegex(said, "^the output directory: Not written; older checkpoints are intact")
 
     def test_exit_codes(self) -> None:
         for error, code in (
@@ -178,7 +216,22 @@ class Errors(unittest.TestCase):
         err = io.StringIO()
         with contextlib.redirect_stderr(err):
             options.print_warning(UserWarning("beware"), UserWarning, "file.py", 3)
-        self.assertEqual(err.getvalue(), "warning: beware\n")
+            options.print_warning("a\nb\x1b[1m")
+        self.assertEqual(err.getvalue(), "warning: beware\nwarning: a\\nb\\x1b[1m\n")
+
+    def test_what_nobody_can_catch_is_told_with_debug_only(self) -> None:
+        class Ends:
+            def __del__(self) -> None:
+                raise RuntimeError("a worker was killed")
+
+        before = sys.unraisablehook, sys.excepthook
+        for debug in (False, True):
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err), options.quiet_ends(debug):
+                Ends()
+            self.assertEqual("a worker was killed" in err.getvalue(), debug)
+            self.assertEqual(err.getvalue() != "", debug)
+            self.assertEqual((sys.unraisablehook, sys.excepthook), before)
 
 
 if __name__ == "__main__":

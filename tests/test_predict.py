@@ -537,6 +537,14 @@ class Artifacts(ScriptCase):
         both = self.main("--artifact", path, "--checkpoint", self.checkpoint, "--json", "--top", 10, self.digit)
         torch.testing.assert_close(self.probabilities(both.images[0]), self.probabilities(expected))
 
+    def test_a_file_quantized_by_torchao_names_that_package(self) -> None:
+        path = self.write("model.pt2", self.exported["model.pt2"] + b"torchao.quantize_affine")
+        with mock.patch.dict(sys.modules, {"torchao": None}):
+            done = self.main("--artifact", path, self.digit)
+        self.assertEqual(done.code, 3)
+        self.assertEqual(done.err.count("\n"), 1)
+        self.assertIn("pip install 'torchbasics[quant]'", done.err)
+
     def test_what_is_not_listed_is_not_loaded(self) -> None:
         for name, content in self.exported.items():
             path = self.write(name)

@@ -198,6 +198,21 @@ class Figures(unittest.TestCase):
         self.assertEqual(kept_lines["continue"], f"torchrun x.py --resume '{path}'")
         self.assertTrue(kept_lines["predict"].endswith(f"predict.py --checkpoint {best} digit.png"))
 
+    def test_names_cannot_speak_to_the_terminal(self) -> None:
+        evil = "\x1b[2J\u202e"
+        result = dict.fromkeys(("best_epoch", "epochs_run"), 1)
+        result |= dict.fromkeys(("best_val_accuracy", "test_accuracy", "test_loss", "train_seconds"), 1.0)
+        result |= {"samples_per_second": 1.0, "dataset": "folder", "stopped_because": "all 1 epochs done"}
+        result["accuracy_by_class"] = {f"cat{evil}": 1.0}
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), RunDirectory(self.folder / evil) as run:
+            report.print_result(result, run, f"of {evil}", "train", kept=True)
+            report.Report.say(argparse.Namespace(args=argparse.Namespace(quiet=False)), f"table {evil}")  # type: ignore[arg-type]
+        said = out.getvalue()
+        self.assertEqual([c for c in said if not c.isprintable() and c != "\n"], [])
+        for text in ("cat\\x1b[2J\\u202e 100.0%", "of \\x1b", "table \\x1b", "files:    "):
+            self.assertIn(text, said)
+
 
 class _Noon:
     def __format__(self, how: str) -> str:

@@ -381,6 +381,96 @@ class ARun(ScriptCase):
         self.assert_refused(done._replace(err=done.err), "pip install", code=3)
 
 
+class Recipes(ScriptCase):
+    def test_a_preset_trains_and_is_recorded(self) -> None:
+        run = self.small("run", "--preset", "best", "--epochs", 1)
+        arguments = self.info(run)["arguments"]
+        self.assertEqual((arguments["preset"], arguments["model"], arguments["tta"]), ("best", "simplenet", True))
+        self.assertEqual((arguments["ema"], arguments["epochs"]), (script.options.PRESETS["best"]["ema"], 1))
+
+    def test_tta_judges_by_the_mean_of_nine_views(self) -> None:
+        run = self.small("run", "--tta", "--precision", "fp32")
+        model = make_model("simplenet")
+        model.load_state_dict(torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model_state_dict"])
+        loaders = script.make_loaders("digits", batch_size=32, val_size=40)
+        (inputs, targets), *_ = list(loaders.test)
+        wide = torch.nn.functional.pad(inputs, (1, 1, 1, 1), mode="replicate")
+        views = [wide[..., y : y + 28, x : x + 28] for y in range(3) for x in range(3)]
+        with torch.no_grad():
+            mean = torch.stack([model(view).softmax(1) for view in views]).mean(0)
+        loss = float(torch.nn.functional.nll_loss(mean.log(), targets))
+        result = self.info(run)["result"]
+        self.assertAlmostEqual(result["test_loss"], loss, places=5)
+        self.assertEqual(result["test_accuracy"], float((mean.argmax(1) == targets).double().mean()))
+        plain = self.small("plain", "--precision", "fp32")
+        self.assertNotAlmostEqual(self.info(plain)["result"]["test_loss"], loss, places=5)
+        self.assertEqual(self.rows(plain), self.rows(run))  # validation is as without
+
+
+class Ensemble(ScriptCase):
+    def probabilities(self, run: Path, inputs: Tensor) -> Tensor:
+        model = make_model("simplenet")
+        model.load_state_dict(torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model_state_dict"])
+        with torch.no_grad():
+            return model(inputs).softmax(1)
+
+    def loaders(self, seed: int) -> Any:
+        return script.make_loaders("digits", batch_size=32, val_size=40, seed=seed)
+
+    def test_its_result_is_that_of_the_mean_probability_of_runs_with_seeds_of_their_own(self) -> None:
+        done = self.main(
+            *self.SMALL, "--precision", "fp32", "--seed", 5, "--ensemble", 2, "--output", self.folder / "two"
+        )
+        self.assertEqual(done.code, 0, done.err)
+        run, alone = self.folder / "two", self.small("alone", "--precision", "fp32", "--seed", 6)
+        self.assertEqual(differences(last_checkpoint(run / "member-2"), last_checkpoint(alone)), [])
+        (first, targets), (second, _) = (next(iter(self.loaders(seed).test)) for seed in (5, 6))  # normalised by each
+        mean = (self.probabilities(run / "member-1", first) + self.probabilities(alone, second)) / 2
+        result = self.info(run)["result"]
+        self.assertEqual(result["test_accuracy"], float((mean.argmax(1) == targets).double().mean()))
+        self.assertAlmostEqual(result["test_loss"], float(torch.nn.functional.nll_loss(mean.log(), targets)), places=5)
+        self.assertEqual(result["members"][1]["test_accuracy"], self.info(alone)["result"]["test_accuracy"])
+        self.assertEqual((len(result["members"]), result["epochs_run"]), (2, 4))
+        self.assertRegex(done.out, r"ensemble of 2: test \d+\.\d\d% .* alone \d+\.\d\d%  \d+\.\d\d%")
+
+    def test_interrupted_and_resumed(self) -> None:
+        options = (*self.SMALL, "--ensemble", 2)
+        self.assertEqual(self.main(*options, "--output", self.folder / "whole").code, 0)
+        with mock.patch.object(script.Report, "on_step_end", self.killer(at=7 * 2 + 3)):
+            done = self.main(*options, "--output", self.folder / "cut")
+        self.assertEqual(done.code, 143, done.err)
+        self.assertIn(f"continue with --resume {self.folder / 'cut'}\n", done.err)
+        self.assertTrue((self.folder / "cut" / "member-2" / "checkpoints" / "step-00000003.pt").exists())
+        before = (self.folder / "cut" / "member-1" / "run.json").read_bytes()
+        done = self.main("--resume", self.folder / "cut")
+        self.assertEqual(done.code, 0, done.err)
+        self.assertEqual((self.folder / "cut" / "member-1" / "run.json").read_bytes(), before)  # not trained again
+        results = [self.info(self.folder / name)["result"] for name in ("whole", "cut")]
+        self.assertEqual(results[0]["test_loss"], results[1]["test_loss"])
+        self.assertEqual(results[0]["confusion"], results[1]["confusion"])
+
+    def killer(self, at: int) -> Callable[[Any, Any], None]:
+        steps: list[int] = []
+
+        def on_step_end(_: Any, trainer: Any) -> None:
+            steps.append(trainer.step)
+            if len(steps) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return on_step_end
+
+    def test_overwrite_trains_all_members_again_and_a_used_directory_is_refused(self) -> None:
+        options = (*self.SMALL, "--epochs", 1, "--ensemble", 2, "--output", self.folder / "run")
+        self.assertEqual(self.main(*options, "--seed", 1).code, 0)
+        self.assert_refused(self.main(*options), "holds an earlier run")
+        self.assertEqual(self.main(*options, "--seed", 2, "--overwrite").code, 0)
+        self.assertEqual([self.info(self.folder / "run" / f"member-{i}")["seed"] for i in (1, 2)], [2, 3])
+
+    def test_dry_run_leaves_nothing(self) -> None:
+        done = self.main(*self.SMALL, "--ensemble", 2, "--dry-run")
+        self.assertEqual((done.code, list(self.folder.iterdir())), (0, []), done.err)
+
+
 class NoNetwork(ScriptCase):
     AUTO = ("--dataset", "auto", "--model", "simplenet", "--epochs", 2, "--val-size", 40, "--batch-size", 32)
 
@@ -599,6 +689,22 @@ class Resume(ScriptCase):
         done = self.main("--resume", run)
         self.assertIn("starting at step 0", done.out)
         self.assert_same_run(run, straight)
+
+    def test_another_ctrl_c_while_the_first_is_told(self) -> None:
+        stop = script.tb.Interrupted(signal.SIGINT, Path("run/checkpoints/step-00000003.pt"))
+        with (
+            mock.patch.object(script, "train", side_effect=stop),
+            mock.patch.object(script.options, "printable", side_effect=KeyboardInterrupt),
+        ):
+            done = self.main("--dataset", "digits")
+        self.assertEqual((done.code, done.err), (130, "\ninterrupted; what was saved stays\n"))
+
+    def test_an_interruption_is_told_without_obeying_its_path(self) -> None:
+        stop = script.tb.Interrupted(signal.SIGTERM, Path("a\x1b[2J/checkpoints/step-00000003.pt"))
+        with mock.patch.object(script, "train", side_effect=stop):
+            done = self.main("--dataset", "digits")
+        self.assertEqual(done.code, 143)
+        self.assertRegex(done.err, r"^\ninterrupted: SIGTERM: saved a\\x1b.*; continue with --resume a\\x1b\[2J\n$")
 
 
 class BadInput(ScriptCase):

@@ -1216,6 +1216,10 @@ class Refusals(TrainerCase):
         state.pop("running")
         with self.assertRaisesRegex(CheckpointError, "running"):
             make().load_state_dict(state)
+        trainer = make()
+        with self.assertRaisesRegex(CheckpointError, "there.pt: 'batch' is missing or no int"):
+            trainer.load_state_dict(source.state_dict() | {"batch": None}, "there.pt")
+        self.assertEqual((trainer.epoch, trainer.step), (0, 0))
 
 
 @unittest.skipUnless(

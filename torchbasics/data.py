@@ -10,8 +10,10 @@ import contextlib
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,14 +216,19 @@ class Augmentation(Protocol):
 
 
 class RandomAffine:
-    """Rotates each image by up to ±`degrees` and shifts it by up to ±`shift` of its size; bilinear, black outside."""
+    """Rotates each image by up to ±`degrees`, shifts it by up to ±`shift` of its size, and resizes it.
 
-    def __init__(self, degrees: float = 10.0, shift: float = 0.1) -> None:
-        self.radians, self.shift = math.radians(degrees), shift
+    Width and height change each by up to ±`scale`, a share below 1. Bilinear, black outside.
+    """
+
+    def __init__(self, degrees: float = 10.0, shift: float = 0.1, scale: float = 0.0) -> None:
+        if not 0 <= scale < 1:
+            raise ValueError(f"scale must be at least 0 and below 1, got {scale}")
+        self.radians, self.shift, self.scale = math.radians(degrees), shift, scale
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Angle, shift right and shift down of each sample, (count, 3), uniform between -1 and 1."""
-        return torch.rand(count, 3, generator=generator, device=generator.device) * 2 - 1
+        """Angle, shift right, shift down (and width, height) of each sample, (count, 3 or 5), between -1 and 1."""
+        return torch.rand(count, 5 if self.scale else 3, generator=generator, device=generator.device) * 2 - 1
 
     def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
         """Returns the changed images, float (B, C, H, W)."""
@@ -230,9 +237,12 @@ class RandomAffine:
         height, width = inputs.shape[-2:]
         cos, sin = torch.cos(draws[:, 0] * self.radians), torch.sin(draws[:, 0] * self.radians)
         # the map from output to input, in coordinates where the image reaches from -1 to 1
-        shift = draws[:, 1:] * (2 * self.shift)
+        shift = draws[:, 1:3] * (2 * self.shift)
         across = torch.stack([cos, sin * (width / height)], dim=1)[:, :, None, None]  # (B, 2, 1, 1)
         down = torch.stack([-sin * (height / width), cos], dim=1)[:, :, None, None]
+        if self.scale:
+            size = (1 + self.scale * draws[:, 3:5])[:, :, None, None]  # of the part that the output shows
+            across, down = across * size, down * size
         x, y = _pixel_centres(height, width, inputs.device)
         # F.affine_grid makes the same grid, but takes three times as long as grid_sample
         grid = torch.addcmul(torch.addcmul(shift[:, :, None, None], down, y), across, x)  # (B, 2, H, W)
@@ -455,8 +465,25 @@ def folder_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_end_with_parent,
         collate_fn=functools.partial(_collate_part, folder),
     )
+
+
+def _end_with_parent(worker: int) -> None:
+    """In a worker: a thread that ends it with the process it works for, however that ends.
+
+    torch itself looks every five seconds, not while an image is read, never at one that ended before its first look.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: Any) -> None:
+    while parent.is_alive() and os.getppid() == parent.pid:  # the first alone waits for later workers too
+        parent.join(1)
+    os._exit(1)
 
 
 def _collate_part(folder: SeededImageFolder, samples: list) -> Any:

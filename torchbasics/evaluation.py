@@ -21,7 +21,7 @@ class BatchResult(NamedTuple):
     """What one batch adds to the means; the tensors stay on the device until they are read."""
 
     loss: Tensor  # mean over the batch, ()
-    correct: Tensor | None  # number of right classes, (); None where targets are not classes
+    correct: Tensor | None  # of each sample: its number of right classes, (B,); None where targets are not classes
     predictions: int
     samples: int
 
@@ -44,16 +44,16 @@ class RunningMeans:
         """Adds up what is pending; returns the first non-finite loss and how many batches ago it was, or None."""
         if not self.pending:
             return None
-        zero = torch.zeros((), device=self.pending[0].loss.device)
-        wide = torch.float32 if zero.device.type == "mps" else torch.float64
+        wide = torch.float32 if self.pending[0].loss.device.type == "mps" else torch.float64
         losses = torch.stack([result.loss for result in self.pending]).to(wide)
-        corrects = torch.stack([zero if result.correct is None else result.correct for result in self.pending])
-        values = torch.stack([losses, corrects.to(wide)]).tolist()
-        bad = next(((loss, len(losses) - i) for i, loss in enumerate(values[0]) if not math.isfinite(loss)), None)
-        for loss, correct, result in zip(*values, self.pending, strict=True):
+        corrects = [result.correct for result in self.pending if result.correct is not None]
+        correct = torch.cat(corrects).sum() if corrects else losses.new_zeros(())
+        *values, total = torch.cat([losses, correct.to(wide).view(1)]).tolist()
+        bad = next(((loss, len(values) - i) for i, loss in enumerate(values) if not math.isfinite(loss)), None)
+        self.correct += int(total)
+        for loss, result in zip(values, self.pending, strict=True):
             self.loss_sum += loss * result.samples
             self.samples += result.samples
-            self.correct += int(correct)
             self.predictions += result.predictions
         self.pending.clear()
         return bad
@@ -95,9 +95,11 @@ def forward(
 
 
 def _correct(outputs: Any, targets: Tensor) -> tuple[Tensor | None, int]:
-    """Number of right classes, on the device, and of predictions; (None, 0) where targets are not class indices."""
-    classes = isinstance(outputs, Tensor) and not targets.is_floating_point() and outputs.dim() == targets.dim() + 1
-    return ((outputs.detach().argmax(1) == targets).sum(), targets.numel()) if classes else (None, 0)
+    """Right classes of each sample, on the device, and predictions; (None, 0) where targets are not class indices."""
+    if not isinstance(outputs, Tensor) or targets.is_floating_point() or outputs.dim() != targets.dim() + 1:
+        return None, 0
+    right = outputs.detach().argmax(1) == targets
+    return right if right.dim() == 1 else right.flatten(1).sum(1), targets.numel()
 
 
 def nothing_of(outputs: Any) -> Tensor:

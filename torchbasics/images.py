@@ -203,14 +203,6 @@ def to_mnist(grey: Tensor, invert: bool | None = None) -> tuple[Tensor, bool]:
     return centre_by_mass(fit_box(crop(ink), 20)), dark
 
 
-def shifted_views(pixels: Tensor) -> list[Tensor]:
-    """Nine views of images (B, C, H, W), each shifted by at most 1/28 of the size, with its edges repeated."""
-    height, width = pixels.shape[-2:]
-    step = max(1, round(height / 28))
-    wide = F.pad(pixels, (step,) * 4, mode="replicate")
-    return [wide[..., y : y + height, x : x + width] for y in (0, step, 2 * step) for x in (0, step, 2 * step)]
-
-
 # ----------------------------------------------------------------------------------------------- what a person looks at
 
 

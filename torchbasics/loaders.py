@@ -42,6 +42,9 @@ def make_loaders(
     *,
     val_size: int = 5000,
     augment: bool = True,
+    rotation: float = 10.0,
+    shift: float = 0.1,
+    scaling: float = 0.0,
     image_size: int = 28,
     num_workers: int = 0,
     seed: int = 42,
@@ -52,14 +55,16 @@ def make_loaders(
     """Loaders of `mnist`, `fashion-mnist`, `kmnist`, `digits`, of a `folder` of images, or `auto`.
 
     `auto` is MNIST, and drawn digits where there is neither file nor network; the notice then says so. `val_size`
-    training images are held out for validation. With `augment` training images are rotated by up to 10 degrees and
-    shifted by up to a tenth of their size. `image_size` (pixels) and `num_workers` are for `folder` only.
+    training images are held out for validation. With `augment` training images are rotated by up to ±`rotation`
+    degrees, shifted by up to ±`shift` and resized by up to ±`scaling`, shares of their size. `image_size` (pixels) and
+    `num_workers` are for `folder` only.
     `limit_batches` is that of a training epoch, `limit_evaluation` that of the other two. Raises ValueError for a batch
     larger than the data, and what `load_images` and `SeededImageFolder` raise.
     """
     if dataset == "folder":
+        shake = (rotation, shift, scaling) if augment else None
         return _folder(
-            Path(data_dir), batch_size, val_size, augment, image_size, num_workers, seed, limit_batches, device
+            Path(data_dir), batch_size, val_size, shake, image_size, num_workers, seed, limit_batches, device
         )
     name, notice, (train, val, test) = _load_splits(dataset, data_dir, val_size, seed)
     _check_batch_size(batch_size, len(train))
@@ -81,7 +86,7 @@ def make_loaders(
             batch_size,
             shuffle=True,
             seed=seed,
-            augment=RandomAffine(degrees=10, shift=0.1) if augment else None,
+            augment=RandomAffine(rotation, shift, scaling) if augment else None,
             limit_batches=limit_batches,
             **common,
         ),
@@ -115,7 +120,7 @@ def _folder(
     root: Path,
     batch_size: int,
     val_size: int,
-    augment: bool,
+    shake: tuple[float, float, float] | None,
     image_size: int,
     num_workers: int,
     seed: int,
@@ -134,7 +139,10 @@ def _folder(
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize([0.5], [0.5]),
     ]
-    shake = [v2.RandomAffine(degrees=10, translate=(0.1, 0.1))] if augment else []
+    augment = []
+    if shake is not None:
+        degrees, shift, scaling = shake
+        augment = [v2.RandomAffine(degrees, (shift, shift), (1 - scaling, 1 + scaling) if scaling else None)]
     folders = {
         part: SeededImageFolder(root / part, v2.Compose(to_tensor), mode=first.mode)
         for part in ("val", "test")
@@ -142,7 +150,7 @@ def _folder(
     }
     if any(folder.classes != first.classes for folder in folders.values()):
         raise ValueError(f"{root}: train/, val/ and test/ have different classes; give each the same folders")
-    train = SeededImageFolder(first.root, v2.Compose(shake + to_tensor), seed=seed, mode=first.mode)
+    train = SeededImageFolder(first.root, v2.Compose(augment + to_tensor), seed=seed, mode=first.mode)
     indices: dict[str, Any] = {"train": range(len(train))}
     if "val" not in folders:
         fits = val_size <= len(train) // 2

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import math
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,18 @@ FREE_ON_RESUME = {
     "num_workers", "save_every", "timeout", "strategy",
 }  # fmt: skip
 # Options that only one of the scripts has; a run may be continued by the other.
-OF_ONE_SCRIPT = {"dry_run", "tensorboard", "anomaly", "strategy", "sync_bn", "bf16_gradients", "timeout"}
+OF_ONE_SCRIPT = {"dry_run", "ensemble", "tensorboard", "anomaly", "strategy", "sync_bn", "bf16_gradients", "timeout"}
+# A preset is nothing but other defaults; what is given beside it wins. Tuned on held-out training images.
+PRESETS: dict[str, dict[str, Any]] = {
+    "speedrun": {
+        "model": "fastnet", "epochs": 1, "lr": 2e-2, "weight_decay": 0.1, "warmup_epochs": 0.15, "label_smoothing": 0.1,
+        "augment": False,
+    },
+    "best": {
+        "model": "smallvgg", "epochs": 15, "lr": 3e-3, "weight_decay": 1e-2, "dropout": 0.1, "ema": 0.999,
+        "rotation": 12.0, "scaling": 0.1, "tta": True,
+    },
+}  # fmt: skip
 # What the system says of a disk that is full, forbidden or broken.
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -70,7 +84,13 @@ def add_data_options(parser: Parser) -> None:
     add("--val-size", type=COUNT, default=5000, metavar="N",
         help="training images held out for validation (default: 5000; of a small folder a tenth)")
     add("--augment", action=argparse.BooleanOptionalAction, default=True,
-        help="rotate by up to 10 degrees and shift by up to a tenth (default: on)")
+        help="rotate, shift and resize training images at random (default: on)")
+    add("--rotation", type=number(float, 0, 180), default=10.0, metavar="DEGREES",
+        help="augmentation: rotate by at most so much, either way (default: 10)")
+    add("--shift", type=number(float, 0, 1), default=0.1, metavar="SHARE",
+        help="augmentation: shift by at most this share of the size (default: 0.1)")
+    add("--scaling", type=SHARE, default=0.0, metavar="SHARE",
+        help="augmentation: resize by at most this share of the size (default: 0)")
     add("--num-workers", type=number(int, 0), default=0, metavar="N",
         help="loader processes, for --dataset folder only (default: 0)")
     add("--image-size", type=COUNT, default=28, metavar="PIXELS",
@@ -78,11 +98,16 @@ def add_data_options(parser: Parser) -> None:
 
 
 def add_model_options(parser: Parser) -> None:
-    """The network."""
+    """The network, and whole recipes."""
+    parser.epilog = preset_help()
+    parser.add_argument("--preset", choices=PRESETS,
+        help="other defaults: speedrun, 99%% in seconds; best, the highest accuracy; see below (default: none)")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default="mnistnet", help="network (default: mnistnet)")
     add("--dropout", type=SHARE, default=0.25, metavar="P",
         help="probability of dropping, where the model has dropout (default: 0.25)")
+    add("--tta", action=argparse.BooleanOptionalAction, default=False,
+        help="read each test image as the mean over nine views, shifted by up to a pixel (default: off)")
 
 
 def add_optimisation_options(parser: Parser) -> None:
@@ -147,6 +172,41 @@ def add_run_options(parser: Parser, version: str) -> Any:
 # fmt: on
 
 
+# ------------------------------------------------------------------------------------------------------------- presets
+
+
+def as_flags(values: dict[str, Any]) -> str:
+    """Options as one writes them on the command line."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        words.append(
+            f"--{'' if value else 'no-'}{flag}"
+            if isinstance(value, bool)
+            else f"--{flag} {value:g}"
+            if isinstance(value, (int, float))
+            else f"--{flag} {value}"
+        )
+    return " ".join(words)
+
+
+def preset_help() -> str:
+    """What each preset sets, for the end of `--help`."""
+    return "\n".join(
+        textwrap.fill(f"--preset {name} sets {as_flags(values)}", 110, subsequent_indent="    ", break_on_hyphens=False)
+        for name, values in PRESETS.items()
+    )
+
+
+def parse_with_preset(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """`parser.parse_args(argv)`, with the defaults of the preset that `argv` names."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    preset = first.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    return parser.parse_args(argv)
+
+
 # --------------------------------------------------------------------------------------- the options of a continued run
 
 
@@ -204,6 +264,22 @@ def printable(text: object) -> str:
 def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Takes the place of `warnings.showwarning`: one line."""
     print(f"warning: {printable(message)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def quiet_ends(debug: bool) -> Iterator[None]:
+    """No traceback, unless `debug`, of what is raised where nobody can catch it.
+
+    A loader's end raises so when its worker was killed or a second Ctrl-C comes; the error itself is told elsewhere.
+    """
+    before = sys.unraisablehook, sys.excepthook
+    if not debug:
+        sys.unraisablehook = lambda unraisable: None
+        sys.excepthook = lambda *exc_info: None  # called by threads of multiprocessing, in a loader's workers too
+    try:
+        yield
+    finally:
+        sys.unraisablehook, sys.excepthook = before
 
 
 def one_line(

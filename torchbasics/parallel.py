@@ -89,7 +89,24 @@ def is_wrapped(model: nn.Module) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `model` came from `shard`."""
-    return hasattr(model, "set_requires_gradient_sync")
+    return hasattr(type(model), "set_requires_gradient_sync")
+
+
+def part_of_step(model: nn.Module, samples: int, last: bool) -> contextlib.AbstractContextManager:
+    """Around forward and backward of a part of a step: gradients are exchanged after the `last` part only.
+
+    `samples` are those of this process; without others it does nothing.
+    """
+    return _part_of_step(model, samples, last) if _is_parallel() else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _part_of_step(model: nn.Module, samples: int, last: bool) -> Iterator[None]:
+    with kept_statistics(model, samples), gradient_exchange(model, wanted=last):
+        yield
 
 
 def gradient_exchange(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
@@ -98,19 +115,18 @@ def gradient_exchange(model: nn.Module, wanted: bool) -> contextlib.AbstractCont
         return model.no_sync()
     if is_sharded(model):
         model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
-def kept_statistics(model: nn.Module, samples: int) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def kept_statistics(model: nn.Module, samples: int) -> Iterator[None]:
     """Inside, BatchNorm uses its running statistics where a process's part of a batch is too small to have its own.
 
     Of no sample it would learn NaN, and of one BatchNorm1d refuses to. SyncBatchNorm knows better.
     """
-    return contextlib.nullcontext() if samples > 1 or not _is_parallel() else _without_learning(model, samples)
-
-
-@contextlib.contextmanager
-def _without_learning(model: nn.Module, samples: int) -> Iterator[None]:
+    if samples > 1 or not _is_parallel():
+        yield
+        return
     kinds = BatchNorm if samples == 0 else nn.BatchNorm1d
     learning = [
         module

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torchbasics.checkpoint import RunDirectory, load_checkpoint
 from torchbasics.device import device_name, synchronize
 from torchbasics.distributed import all_reduce_sums, on_main
 from torchbasics.loaders import Loaders
-from torchbasics.models import count_parameters
+from torchbasics.models import ShiftedViews, count_parameters
 from torchbasics.options import printable
 from torchbasics.trainer import NonFiniteLoss, Trainer
 
@@ -153,8 +154,11 @@ def _git_commit() -> str | None:
     return None
 
 
-def judge(trainer: Trainer, data: Loaders, best_path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """The best model on the test set, looked at once: figures for the result; this process's logits and targets."""
+def judge(trainer: Trainer, data: Loaders, best_path: Path, tta: bool = False) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """The best model on the test set, looked at once: figures for the result; this process's logits and targets.
+
+    With `tta` each image is read as the mean over nine shifted views.
+    """
     if trainer.best_epoch is None:
         raise NonFiniteLoss(
             f"no epoch of {trainer.epoch} had a finite validation loss, so there is no best model; "
@@ -162,23 +166,27 @@ def judge(trainer: Trainer, data: Loaders, best_path: Path) -> tuple[dict[str, A
         )
     best = on_main(lambda: load_checkpoint(best_path))
     trainer.load_evaluated(best["model_state_dict"], "best.pt")
-    logits = trainer.predict(data.test)
+    logits = trainer.predict(data.test, ShiftedViews if tta else None)
     targets = torch.cat([targets for _, targets in data.test]).cpu()
-    predicted, number = logits.argmax(1), len(data.facts["classes"])
+    return score(logits, targets, data.facts["classes"]), logits, targets
+
+
+def score(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """Figures on the test set, from `logits` (N, classes) and `targets` (N,) of this process's part of it."""
+    predicted, number = logits.argmax(1), len(classes)
     pairs = all_reduce_sums(torch.bincount(targets * number + predicted, minlength=number**2))
     loss = all_reduce_sums(F.cross_entropy(logits.double(), targets, reduction="sum"))
     confusion = pairs.view(number, number)
-    result = {
-        "test_accuracy": float(confusion.trace() / confusion.sum()),
+    return {
+        "test_accuracy": int(confusion.trace()) / int(confusion.sum()),
         "test_loss": float(loss / confusion.sum()),
         "test_samples": int(confusion.sum()),
         "accuracy_by_class": {
-            name: (float(row[i]) / float(row.sum()) if row.sum() else None)
-            for i, (name, row) in enumerate(zip(data.facts["classes"], confusion, strict=True))
+            name: (int(row[i]) / int(row.sum()) if row.sum() else None)
+            for i, (name, row) in enumerate(zip(classes, confusion, strict=True))
         },
         "confusion": confusion.tolist(),
     }
-    return result, logits, targets
 
 
 def summary(args: argparse.Namespace, data: Loaders, trainer: Trainer, run: RunDirectory) -> dict[str, Any]:

@@ -218,13 +218,10 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.nan_policy == "skip" else []
         results = []
         for i, (inputs, targets) in enumerate(window, start=1):
-            with (
-                parallel.kept_statistics(self.model, len(targets)),
-                parallel.gradient_exchange(self.model, wanted=i == len(window)),
-            ):
+            with parallel.part_of_step(self.model, targets.shape[0], last=i == len(window)):
                 loss, result = forward(self.model, self.criterion, inputs, targets, self.precision)
                 # DDP takes the mean over the processes
-                share = len(targets) * distributed.world_size() / max(samples, 1)
+                share = result.samples * distributed.world_size() / max(samples, 1)
                 if share != 1:  # micro-batches and processes' parts may be unequal: each counts by its samples
                     loss = loss * share
                 self.scaler.scale(loss).backward()
@@ -241,16 +238,16 @@ class Trainer:
 
     def _optimizer_step(self) -> bool:
         """Unscale → clip → optimizer → schedule → averages. False if the step was skipped."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         if self.nan_policy == "skip" and not self.scaler.is_enabled():
-            norm = nn.utils.get_total_norm([p.grad for p in parameters])  # before clipping makes an infinite one finite
+            # before clipping makes an infinite one finite
+            norm = nn.utils.get_total_norm([p.grad for p in self._with_gradient()])  # type: ignore[misc]
             if not bool(norm.isfinite()):
                 return False
         if self.clip_value is not None:
-            nn.utils.clip_grad_value_(parameters, self.clip_value)
+            nn.utils.clip_grad_value_(self._with_gradient(), self.clip_value)
         if self.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self._with_gradient(), self.clip_norm)
             self.grad_norm = norm.full_tensor() if parallel.is_sharded(self.model) else norm  # type: ignore[attr-defined]
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
@@ -306,14 +303,15 @@ class Trainer:
         with parallel.shared_buffers(model):
             return evaluate(model, self._in_step(loader), self.criterion, self.device, reduce=True, **self._numbers)
 
-    def predict(self, loader: Iterable) -> Tensor:
+    def predict(self, loader: Iterable, wrap: Callable[[nn.Module], nn.Module] | None = None) -> Tensor:
         """The outputs for all batches of `loader`, (N, …) float32 on the CPU, from the model that is validated.
 
-        Of several processes each gets those of its own part.
+        `wrap` makes the model that is asked out of that one (`ShiftedViews`). Of several processes each gets those of
+        its own part.
         """
         model = self.evaluated_model
         with parallel.shared_buffers(model):
-            return outputs_of(model, self._in_step(loader), self.device, **self._numbers)
+            return outputs_of(wrap(model) if wrap else model, self._in_step(loader), self.device, **self._numbers)
 
     # ------------------------------------------------------------------------------------------------------- its parts
 
@@ -327,7 +325,7 @@ class Trainer:
         distributed.check_group()
         while True:
             window = [to_device(batch, self.device, self.memory_format) for batch in self._next_window(batches)]
-            samples, length = sum(len(targets) for _, targets in window), len(window)
+            samples, length = sum(targets.shape[0] for _, targets in window), len(window)
             if distributed.world_size() > 1:
                 samples, length = self._agree_on(samples, length)
                 if self._cut_off:
@@ -367,6 +365,9 @@ class Trainer:
             self._leave_if_signalled()
             _name_worker(error)
             raise
+
+    def _with_gradient(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -629,6 +630,8 @@ class Trainer:
         }
 
     def _leave_if_signalled(self) -> None:
+        if not (self._signals.signum or self._agreed_signal):
+            return
         signum = self._signals.signum if distributed.world_size() == 1 else self._agreed_signal
         if signum:
             saved = self._saved_at == (self.step, self.epoch, self.batch)
