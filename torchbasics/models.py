@@ -157,9 +157,9 @@ class MNISTNet(nn.Module):
 
 
 class FastNet(nn.Module):
-    """A convolution of stride 2, then three small ones: 99% on MNIST after seconds of training on two cores.
+    """A convolution of stride 2, pooled at once, then two small ones: 99% on MNIST after seconds of training.
 
-    Pooling comes before BatchNorm and ReLU, which then have a quarter of the work. 19,610 parameters by default. Input,
+    Pooling comes before BatchNorm and ReLU, which then have a quarter of the work. 19,794 parameters by default. Input,
     output and errors as for `CNN`; `image_size` is at least 8.
     """
 
@@ -168,9 +168,8 @@ class FastNet(nn.Module):
         _check_image_model(num_classes, in_channels, image_size, smallest=8)
         self.in_channels, self.image_size = in_channels, image_size
         self.features = nn.Sequential(
-            *_plain_conv(in_channels, 16, kernel=5, stride=2),  # (B, 16, 14, 14)
-            *_plain_conv(16, 16, pool=True),  # (B, 16, 7, 7)
-            *_plain_conv(16, 32),
+            *_plain_conv(in_channels, 24, kernel=5, stride=2, pool=True),  # (B, 24, 7, 7)
+            *_plain_conv(24, 32),
             *_plain_conv(32, 32, pool=True),  # (B, 32, 3, 3)
         )
         self.classifier = nn.Linear(32 * (image_size // 8) ** 2, num_classes)
