@@ -735,7 +735,8 @@ def host_waits(setting: Setting) -> str:
             torch.cuda.set_sync_debug_mode("error" if trainer.step == 5 else "default")
 
     try:
-        by_trainer(job, on_step_end=(watch,), log_every=1000)()
+        graph = "on" if setting.device.type == "cuda" else "off"
+        by_trainer(job, cuda_graph=graph, on_step_end=(watch,), log_every=1000)()
     except RuntimeError as error:
         if "synchron" not in str(error):
             raise

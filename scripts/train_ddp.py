@@ -64,7 +64,8 @@ def build_trainer(
         model.to(memory_format=torch.channels_last)  # FSDP takes contiguous parameters only
     if args.ema:
         averages = tb.averaged_copy(model, args.ema)
-    optimizer = tb.make_optimizer(args.optimizer, model.parameters(), args.lr, args.weight_decay)
+    optimizer = tb.make_optimizer(args.optimizer, model.parameters(), args.lr, args.weight_decay,
+                                  capturable=args.cuda_graph != "off")
     if many and not sharded:
         model = parallel.replicate(model, device, sync_bn=args.sync_bn, static=args.accumulate == 1)
         clock = parallel.GradientClock(model, device, args.bf16_gradients)
@@ -74,8 +75,8 @@ def build_trainer(
     trainer = tb.Trainer(
         model, nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), optimizer, device, schedule,
         scheduler_interval="epoch" if args.schedule == "plateau" else "step", precision=precision,
-        channels_last=not sharded, compile=args.compile, accumulate=args.accumulate, clip_norm=args.clip_norm,
-        clip_value=args.clip_value, averages=averages, nan_policy=args.nan_policy,
+        channels_last=not sharded, compile=args.compile, cuda_graph=args.cuda_graph, accumulate=args.accumulate,
+        clip_norm=args.clip_norm, clip_value=args.clip_value, averages=averages, nan_policy=args.nan_policy,
         early_stopping=tb.EarlyStopping(args.patience, args.min_delta) if args.patience else None,
         checkpoint_dir=checkpoints, save_every=args.save_every, keep=args.keep,
         metadata={"model": args.model, "dropout": args.dropout, **facts})

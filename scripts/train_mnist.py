@@ -47,16 +47,17 @@ def build_trainer(args: argparse.Namespace, data: Loaders, device: torch.device,
     facts = data.facts
     model = tb.make_model(args.model, len(facts["classes"]), facts["in_channels"], facts["image_size"], args.dropout)
     model.to(device)
-    optimizer = tb.make_optimizer(args.optimizer, model.parameters(), args.lr, args.weight_decay)
+    optimizer = tb.make_optimizer(args.optimizer, model.parameters(), args.lr, args.weight_decay,
+                                  capturable=args.cuda_graph != "off")
     steps_per_epoch = -(-len(data.train) // args.accumulate)
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     schedule = tb.make_schedule(args.schedule, optimizer, args.epochs * steps_per_epoch, warmup_steps)
     return tb.Trainer(
         model, nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), optimizer, device, schedule,
         scheduler_interval="epoch" if args.schedule == "plateau" else "step", precision=args.precision,
-        channels_last=True, compile=args.compile, accumulate=args.accumulate, clip_norm=args.clip_norm,
-        clip_value=args.clip_value, averages=tb.averaged_copy(model, args.ema) if args.ema else None,
-        nan_policy=args.nan_policy,
+        channels_last=True, compile=args.compile, cuda_graph=args.cuda_graph, accumulate=args.accumulate,
+        clip_norm=args.clip_norm, clip_value=args.clip_value, nan_policy=args.nan_policy,
+        averages=tb.averaged_copy(model, args.ema) if args.ema else None,
         early_stopping=tb.EarlyStopping(args.patience, args.min_delta) if args.patience else None,
         checkpoint_dir=checkpoints, save_every=args.save_every, keep=args.keep,
         metadata={"model": args.model, "dropout": args.dropout, **data.facts})

@@ -14,12 +14,16 @@ PACKAGE = ROOT / "torchbasics"
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 MAY_IMPORT = {
-    "trainer": {"checkpoint", "distributed", "device", "nonfinite", "evaluation", "position", "interrupts", "parallel"},
+    "trainer": {
+        "checkpoint", "cuda_graph", "distributed", "device", "nonfinite", "evaluation", "position", "interrupts",
+        "parallel",
+    },
+    "cuda_graph": {"evaluation"},
     "evaluation": {"device", "distributed"},
     "parallel": {"checkpoint"},
     # what the training scripts share stands on all of the rest
     "loaders": {"data", "mnist"},
-    "options": {"checkpoint", "loaders", "models", "optim", "trainer"},
+    "options": {"checkpoint", "cuda_graph", "loaders", "models", "optim", "trainer"},
     "report": {"checkpoint", "device", "distributed", "loaders", "models", "options", "trainer"},
     "position": {"device"},
     "data": {"digits", "distributed", "images", "mnist"},

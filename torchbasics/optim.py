@@ -14,15 +14,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
 SCHEDULES = ("constant", "step", "cosine", "onecycle", "plateau")
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
 
 
 def make_optimizer(
-    name: str, params: Iterable[torch.nn.Parameter], lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.9
+    name: str,
+    params: Iterable[torch.nn.Parameter],
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    *,
+    capturable: bool = False,
 ) -> Optimizer:
     """Returns torch's optimizer `name` over those of `params` that require gradients.
 
     The fused implementation is used where the parameters' device has one. `momentum` is for `sgd` (with Nesterov's
-    correction if it is not 0) and `rmsprop`.
+    correction if it is not 0) and `rmsprop`. `capturable` lets a CUDA graph hold its step: all its state lies on the
+    device. That of the fused ones does anyway, `adagrad` cannot be captured, and on other devices it changes nothing.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
@@ -46,6 +54,8 @@ def make_optimizer(
         options["nesterov"] = True
     if classes[name] in FUSED and _can_fuse(classes[name], trainable):
         options["fused"] = True
+    elif capturable and classes[name] in CAPTURABLE and all(p.device.type == "cuda" for p in trainable):
+        options["capturable"] = True
     return classes[name](trainable, **options)
 
 

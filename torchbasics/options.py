@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torchbasics.checkpoint import RunDirectory
+from torchbasics.cuda_graph import GRAPH_MODES
 from torchbasics.loaders import DATASETS
 from torchbasics.models import MODELS
 from torchbasics.optim import OPTIMIZERS, SCHEDULES
@@ -139,6 +140,8 @@ def add_speed_options(parser: Parser) -> None:
         help="auto: bf16 where the hardware computes in it, else fp32 (default: auto)")
     add("--compile", nargs="?", const=True, default=False, choices=(True, *COMPILE_MODES), metavar="MODE",
         help=f"torch.compile, in a mode of {', '.join(COMPILE_MODES)} (default: off)")
+    add("--cuda-graph", choices=GRAPH_MODES, default="off",
+        help="replay each training step as one CUDA graph; auto: where it can be (default: off)")
 
 
 def add_stopping_options(parser: Parser) -> None:

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from torchbasics import distributed, parallel
 from torchbasics.checkpoint import FORMAT, CheckpointError, CheckpointFolder, bare_model
+from torchbasics.cuda_graph import GRAPH_MODES, StepGraph, graph_refusal
 from torchbasics.device import branched_random_state, pick_precision, random_state, set_random_state
 from torchbasics.evaluation import (
     BatchResult,
@@ -67,6 +69,8 @@ class Trainer:
         precision: `fp32`, `bf16`, `fp16` (with loss scaling) or `auto`.
         channels_last: keep images and convolution weights as (N, H, W, C) in memory.
         compile: True or one of torch.compile's modes.
+        cuda_graph: replay all tensor work of a step as one CUDA graph while shapes stay the same: `auto` (or True)
+            warns where that cannot be and goes on without, `on` raises ValueError. See `cuda_graph.StepGraph`.
         accumulate: number of batches whose gradient makes one step, as if they were one batch.
         clip_norm, clip_value: bounds of the gradient's total norm and of its entries.
         averages: an AveragedModel (`optim.averaged_copy`), updated after each step; it is validated and kept as best.
@@ -95,6 +99,7 @@ class Trainer:
         precision: str = "fp32",
         channels_last: bool = False,
         compile: bool | str = False,
+        cuda_graph: bool | str = False,
         accumulate: int = 1,
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -113,6 +118,9 @@ class Trainer:
         _check_options(
             criterion, scheduler_interval, accumulate, clip_norm, clip_value, nan_policy, monitor, save_every, log_every
         )
+        self.cuda_graph = cuda_graph if isinstance(cuda_graph, str) else "auto" if cuda_graph else "off"
+        if self.cuda_graph not in GRAPH_MODES:
+            raise ValueError(f"cuda_graph must be one of {', '.join(map(repr, GRAPH_MODES))}, got {cuda_graph!r}")
         if save_every and checkpoint_dir is None:
             raise ValueError(f"save_every={save_every} needs a checkpoint_dir to save in")
         _check_directions(scheduler, scheduler_interval, early_stopping, monitor)
@@ -159,6 +167,10 @@ class Trainer:
         self._first_epoch = 0
         self._resumed_random_state: dict[str, Any] | None = None
         self._saved_at, self._saved_path = (-1, -1, -1), Path()
+        self._compiled = bool(compile)
+        self._graph_refusal: str | None = None  # what was said
+        self._graph: StepGraph | None = None
+        self._settle_graph()
 
     # ------------------------------------------------------------------------------------------- the way of one batch
 
@@ -197,6 +209,7 @@ class Trainer:
 
     def _train_epoch(self, batches: Iterator) -> tuple[float, float | None]:
         self.model.train()
+        self._settle_graph()
         for window, samples in self._windows(batches):
             stepped = self._train_window(window, samples)
             self.batch += len(window)
@@ -215,7 +228,26 @@ class Trainer:
 
         False if it was skipped.
         """
+        if self._graph is not None:
+            results, self.grad_norm = self._graph(window, samples)
+            self._running.add(BatchResult(*result) for result in results)
+            self._follow_step()
+            return True
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.nan_policy == "skip" else []
+        results = self._gradient(window, samples)
+        if self._finite_now(results, window):
+            self._running.add(results)
+            if self._optimizer_step():
+                self._follow_step()
+                return True
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=False):  # BatchNorm has seen the bad batch
+            buffer.copy_(before)
+        self.skipped += 1
+        return False
+
+    def _gradient(self, window: list[tuple[Any, Tensor]], samples: int) -> list[BatchResult]:
+        """Forward → loss → backward of each batch."""
         results = []
         for i, (inputs, targets) in enumerate(window, start=1):
             with parallel.part_of_step(self.model, targets.shape[0], last=i == len(window)):
@@ -226,18 +258,10 @@ class Trainer:
                     loss = loss * share
                 self.scaler.scale(loss).backward()
             results.append(result)
-        if self._finite_now(results, window):
-            self._running.add(results)
-            if self._optimizer_step():
-                return True
-        self.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.model.buffers(), buffers, strict=False):  # BatchNorm has seen the bad batch
-            buffer.copy_(before)
-        self.skipped += 1
-        return False
+        return results
 
     def _optimizer_step(self) -> bool:
-        """Unscale → clip → optimizer → schedule → averages. False if the step was skipped."""
+        """Unscale → clip → optimizer. False if the step was skipped."""
         self.scaler.unscale_(self.optimizer)
         if self.nan_policy == "skip" and not self.scaler.is_enabled():
             # before clipping makes an infinite one finite
@@ -255,12 +279,15 @@ class Trainer:
         if self.scaler.get_scale() < scale:  # it lowers its scale only when it skipped the step
             return False
         self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def _follow_step(self) -> None:
+        """What follows a step that was taken: its count → schedule → averages."""
         self.step += 1
         if self.scheduler is not None and self.scheduler_interval == "step":
             self.scheduler.step()  # type: ignore[call-arg]
         if self.averages is not None:
             self.averages.update_parameters(bare_model(self.model))
-        return True
 
     def _end_epoch(
         self, train_loss: float, train_acc: float | None, val_loss: float | None, val_acc: float | None
@@ -365,6 +392,36 @@ class Trainer:
             self._leave_if_signalled()
             _name_worker(error)
             raise
+
+    def _settle_graph(self) -> None:
+        """Decides whether the steps to come are replayed; if not, says why, or with `on` refuses."""
+        if self.cuda_graph == "off":
+            return
+        reason = graph_refusal(
+            self.model,
+            self.optimizer,
+            self.device,
+            precision=self.precision,
+            nan_policy=self.nan_policy,
+            scheduler=self.scheduler,
+            compiled=self._compiled,
+            parallel=distributed.world_size() > 1 or parallel.is_wrapped(self.model),
+        )
+        if reason and self.cuda_graph == "on":
+            raise ValueError(f"cuda_graph='on' is impossible here: {reason}; use 'auto' or 'off'")
+        if reason and reason != self._graph_refusal:  # once, not at each epoch
+            warnings.warn(f"no CUDA graph: {reason}; each step runs without", stacklevel=2)
+        self._graph_refusal = reason
+        if reason:
+            self._graph = None
+        elif self._graph is None:
+            self._graph = StepGraph(self._tensor_work, self.optimizer, self.device, strict=self.cuda_graph == "on")
+
+    def _tensor_work(self, window: list[tuple[Any, Tensor]], samples: int) -> tuple[list[BatchResult], Tensor | None]:
+        """All of a step that a graph can hold: the device's part, in which nothing is read."""
+        results = self._gradient(window, samples)
+        self._optimizer_step()
+        return results, self.grad_norm
 
     def _with_gradient(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
