@@ -944,7 +944,7 @@ class Strategies(ParallelCase):
         with self.assertRaisesRegex(ValueError, "--sync-bn.*accelerator"):
             parallel.replicate(network(norm=True), CPU, sync_bn=True)
         model: Any = network()
-        model.set_requires_gradient_sync = None  # what makes a model sharded
+        model.__class__ = type("Sharded", (type(model),), {"set_requires_gradient_sync": None})  # as fully_shard does
         with self.assertRaisesRegex(ValueError, "averages need the whole weights"):
             Trainer(
                 model,
