@@ -5,6 +5,8 @@ Needs Linux, root and `ip`; elsewhere it is skipped, and says so.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 
 import torchbasics as tb
+from tests.test_train_ddp import script
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESSES = ("10.201.77.1", "10.201.77.2")
@@ -48,7 +51,8 @@ REASON = why_not()
 @unittest.skipIf(REASON, REASON)
 class TwoMachines(unittest.TestCase):
     def setUp(self) -> None:
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
         self.names = [f"tb{os.getpid()}x{number}" for number in range(2)]
         for name in self.names:
             ip("netns", "add", name)
@@ -91,9 +95,8 @@ class TwoMachines(unittest.TestCase):
         self.assertEqual(codes, [0, 0], self.logs())
         info = json.loads((self.folder / "two" / "run.json").read_text())
         self.assertIn("2 processes", info["processes"])
-        alone = [sys.executable, str(ROOT / "scripts" / "train_ddp.py"), *OPTIONS, "--limit-batches=30", "--output=one"]
-        subprocess.run(alone, cwd=self.folder, check=True, capture_output=True, timeout=120,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(script.main([*OPTIONS, "--limit-batches=30", f"--output={self.folder / 'one'}"]), 0)
         weights = [tb.load_checkpoint(self.folder / run / "checkpoints" / "step-00000060.pt")["model_state_dict"]
                    for run in ("one", "two")]  # fmt: skip
         for name, tensor in weights[0].items():
@@ -106,11 +109,9 @@ class TwoMachines(unittest.TestCase):
             time.sleep(0.05)
         ip("-n", self.names[1], "link", "set", self.cables[1], "down")
         cut = time.monotonic()
-        first = both[0].wait(60)
-        self.assertEqual(first, 1, self.logs())
-        self.assertLess(time.monotonic() - cut, 8 + 35)  # the timeout, and what torchrun takes to end
-        said = (self.folder / "log0").read_text()
-        self.assertIn("no answer from rank 1", said)
+        while "no answer from rank 1" not in (self.folder / "log0").read_text():
+            self.assertLess(time.monotonic() - cut, 8 + 10, self.logs())  # torchrun itself ends later
+            time.sleep(0.1)
         newest = sorted(checkpoints.glob("step-*.pt"))[-1]
         self.assertGreater(tb.load_checkpoint(newest)["step"], 0)
 
