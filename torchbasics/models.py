@@ -180,7 +180,7 @@ class FastNet(nn.Module):
 
 
 class SmallVGG(nn.Module):
-    """Three blocks of two convolutions (32, 64, 128 channels), then one linear layer: the most accurate one here.
+    """Three blocks of two convolutions (32, 64, 128 channels), then one linear layer.
 
     After VGG (Simonyan and Zisserman, arXiv:1409.1556), with BatchNorm, and Dropout2d after each block. 298,410
     parameters by default. Input, output and errors as for `CNN`; `image_size` is at least 8.

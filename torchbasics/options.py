@@ -102,7 +102,7 @@ def add_model_options(parser: Parser) -> None:
     """The network, and whole recipes."""
     parser.epilog = preset_help()
     parser.add_argument("--preset", choices=PRESETS,
-        help="other defaults: speedrun, 99%% in seconds; best, the highest accuracy; see below (default: none)")
+        help="other defaults: speedrun, 99%% in seconds; best, for accuracy; see below (default: none)")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default="mnistnet", help="network (default: mnistnet)")
     add("--dropout", type=SHARE, default=0.25, metavar="P",
