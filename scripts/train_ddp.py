@@ -302,4 +302,11 @@ def begin_report(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if distributed.is_launched():
+        # All is saved and said. Threads of the process group may outlive Python itself, and abort its end ("terminate
+        # called without an active exception"): torchrun would take a finished job for a failed one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
