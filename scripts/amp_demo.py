@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -321,19 +320,7 @@ def settle(args: argparse.Namespace) -> torch.device:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 done, 1 a claim was wrong or something failed, 2 bad input, 130 interrupted, 141 the reader left."""
     args = parse_args(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # who read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except Exception as error:
-        if args.debug:
-            raise
-        print(f"error: {options.one_line(error)}", file=sys.stderr)
-        return options.exit_code(error)
+    return options.guarded(lambda: run(args), args.debug)
 
 
 def run(args: argparse.Namespace) -> int:

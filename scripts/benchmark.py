@@ -350,7 +350,7 @@ def by_hand(job: Job, backward: Callable[[Tensor], Any] = Tensor.backward) -> No
     for inputs, targets in job.loader:
         inputs, targets = inputs.to(job.device, memory_format=job.memory_format), targets.to(job.device)
         job.optimizer.zero_grad()
-        with autocast(job.device, job.precision) if half else contextlib.nullcontext():
+        with autocast(job.device, job.precision):
             outputs = job.model(inputs)
         backward(job.criterion(outputs.float() if half else outputs, targets))
         job.optimizer.step()
@@ -909,18 +909,7 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(ValueError):  # not in the main thread
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # children and files first
     try:
-        return show(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # who read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except Exception as error:
-        if args.debug:
-            raise
-        print(f"error: {options.one_line(error)}", file=sys.stderr)
-        return options.exit_code(error)
+        return options.guarded(lambda: show(args), args.debug)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)

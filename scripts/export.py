@@ -716,18 +716,7 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("default" if args.debug else "ignore")  # exporters announce their own changes
             logging.disable(logging.NOTSET if args.debug else logging.WARNING)
-            return export(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted; what model.json lists is whole", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # who read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except Exception as error:
-        if args.debug:
-            raise
-        print(f"error: {options.one_line(error)}", file=sys.stderr)
-        return options.exit_code(error)
+            return options.guarded(lambda: export(args), args.debug, "interrupted; what model.json lists is whole")
     finally:
         logging.disable(logging.NOTSET)
 

@@ -326,21 +326,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # PIL's and torch's on files that they can read all the same
-            return predict(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # who read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except Exception as error:
-        if args.debug:
-            raise
-        print(f"error: {options.one_line(error, 'make room or permit writing')}", file=sys.stderr)
-        return options.exit_code(error)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # PIL's and torch's on files that they can read all the same
+        return options.guarded(lambda: predict(args), args.debug, not_written="make room or permit writing")
 
 
 def predict(args: argparse.Namespace) -> int:

@@ -714,19 +714,7 @@ def shape(text: str) -> tuple[int, ...]:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 done, 1 failed or worse than --compare, 2 bad input, 3 optional package missing, 130 interrupted."""
     args = parse_args(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # who read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except Exception as error:
-        if args.debug:
-            raise
-        print(f"error: {options.one_line(error)}", file=sys.stderr)
-        return options.exit_code(error)
+    return options.guarded(lambda: run(args), args.debug)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -199,9 +199,8 @@ def run_together(args: argparse.Namespace, argv: list[str] | None, device: torch
             hint = f"interrupted: {stop}; continue with --resume {stop.checkpoint.parents[1]}"
             print("\n" + options.printable(hint), file=sys.stderr)
         return 128 + stop.signum
-    except BrokenPipeError:  # who read our output has left; nothing saved is lost
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+    except BrokenPipeError:
+        return options.reader_left()
     except Exception as error:
         line = distributed.first_cause(error, options.one_line(error))
         if line is not None:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import shlex
 import sys
 import tempfile
@@ -136,16 +135,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 done, 1 failed, 2 bad input, 3 optional package missing, 128 + signal when interrupted and saved."""
     args = parse_args(argv)
-    try:
-        with options.quiet_ends(args.debug):
-            return train_and_tell(args, argv)
-    except KeyboardInterrupt:  # also while an earlier signal is told
-        print("\ninterrupted; what was saved stays", file=sys.stderr)
-        return 130
+    with options.quiet_ends(args.debug):
+        return options.guarded(lambda: open_and_train(args, argv), args.debug, "interrupted; what was saved stays")
 
 
-def train_and_tell(args: argparse.Namespace, argv: list[str] | None) -> int:
-    """`train`, with its end told in one line."""
+def open_and_train(args: argparse.Namespace, argv: list[str] | None) -> int:
+    """`train`, or `train_ensemble`; a signal is told with what continues the run."""
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             setattr(warnings, "showwarning", options.print_warning)  # noqa: B010 (mypy forbids to assign to a function)
@@ -156,14 +151,6 @@ def train_and_tell(args: argparse.Namespace, argv: list[str] | None) -> int:
         hint = "" if args.dry_run else f"; continue with --resume {folder}"
         print("\n" + options.printable(f"interrupted: {stop}{hint}"), file=sys.stderr)
         return 128 + stop.signum
-    except BrokenPipeError:  # who read our output has left; nothing saved is lost
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except Exception as error:
-        if args.debug:
-            raise
-        print(f"error: {options.one_line(error)}", file=sys.stderr)
-        return options.exit_code(error)
 
 
 def open_run(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import io
 import json
 import struct
-import sys
 import unittest
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchbasics as tb
+from tests.scripts import load_script
 from torchbasics.demo import Mismatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,18 +25,7 @@ CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--model", "simplenet", "--batch-size", "8", "--steps", "3"]
 
 
-def load_script() -> Any:
-    """The script as a module, without `scripts/` on the path."""
-    spec = importlib.util.spec_from_file_location("amp_demo_under_test", ROOT / "scripts" / "amp_demo.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
-
-
-script = load_script()
+script = load_script("amp_demo")
 
 
 def setUpModule() -> None:

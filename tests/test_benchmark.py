@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import io
 import itertools
@@ -26,15 +25,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchbasics as tb
+from tests.scripts import load_script
 from torchbasics import options
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("benchmark_under_test", ROOT / "scripts" / "benchmark.py")
-assert spec is not None and spec.loader is not None
-script: Any = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = script  # a dataclass looks for its module there
-with mock.patch.object(sys, "path", [*sys.path]):
-    spec.loader.exec_module(script)
+script = load_script("benchmark")
 
 CPU = torch.device("cpu")
 SCORES = {"parameters": 19610, "test_accuracy": 0.9925, "train_seconds": 1.0, "process_seconds": 6.0}

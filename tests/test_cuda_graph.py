@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import io
 import shutil
-import sys
 import tempfile
 import unittest
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.scripts import load_script
 from torchbasics.checkpoint import load_checkpoint
 from torchbasics.cuda_graph import WARM_UP, StepGraph, graph_refusal
 from torchbasics.evaluation import tree_map
@@ -557,15 +556,6 @@ class Capturable(unittest.TestCase):
 
 
 class CommandLine(unittest.TestCase):
-    def script(self, name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(f"{name}_for_graphs", ROOT / "scripts" / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        before = list(sys.path)
-        spec.loader.exec_module(module)
-        sys.path[:] = before
-        return module
-
     def run_on_cpu(self, name: str, choice: str) -> tuple[int, list[str]]:
         """Exit code and lines on stderr; training itself is left out."""
         digits = (torch.zeros(300, 1, 28, 28, dtype=torch.uint8), torch.arange(300) % 10)
@@ -577,7 +567,7 @@ class CommandLine(unittest.TestCase):
             contextlib.redirect_stderr(io.StringIO()) as err,
             contextlib.redirect_stdout(io.StringIO()),
         ):
-            code = self.script(name).main([*argv, f"{folder}/run"])
+            code = load_script(name).main([*argv, f"{folder}/run"])
             self.assertEqual((Path(folder) / "run").exists(), choice != "on")
         return code, err.getvalue().splitlines()
 

@@ -11,16 +11,15 @@ import os
 import pkgutil
 import re
 import shlex
-import sys
 import tempfile
 import unittest
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import torch
 
 import torchbasics
+from tests.scripts import load_script
 from torchbasics.digits import draw_digits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,16 +45,6 @@ def few_digits(count: int, seed: int = 0, **options: object) -> tuple[torch.Tens
     return draw_digits(max(count // 50, 200), seed)
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_of_the_readme", ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # a dataclass looks for its module there
-    unittest.addModuleCleanup(sys.modules.pop, spec.name, None)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Readme(unittest.TestCase):
     def setUp(self) -> None:
         self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -75,7 +64,7 @@ class Readme(unittest.TestCase):
     def run_main(self, name: str, *args: str) -> str:
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-            self.assertEqual(script(name).main(list(args)), 0, args)
+            self.assertEqual(load_script(name).main(list(args)), 0, args)
         return out.getvalue()
 
     def test_every_command_runs(self) -> None:
@@ -85,7 +74,7 @@ class Readme(unittest.TestCase):
         for name, options in commands:
             args = shlex.split(options)
             if name not in ("train_mnist", "env_check") and not name.endswith("_demo"):
-                script(name).parse_args(args)  # ends the test if one is not understood
+                load_script(name).parse_args(args)  # ends the test if one is not understood
                 continue
             if name == "amp_demo":
                 args += ["--steps", "3", "--batch-size", "8"]

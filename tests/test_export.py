@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import torchbasics as tb
+from tests.scripts import load_script
 from torchbasics.loaders import Loaders
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,19 +44,7 @@ def not_a_module():
 """
 
 
-def load_script() -> Any:
-    """The script as a module, without `scripts/` on the path."""
-    spec = importlib.util.spec_from_file_location("export_under_test", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # inspect.getsource looks it up
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
-
-
-script = load_script()
+script = load_script("export")
 HOME: Path  # holds best.pt, a checkpoint of MODEL
 MODEL: nn.Module
 

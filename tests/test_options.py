@@ -12,6 +12,7 @@ import tempfile
 import unittest
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from torchbasics import options
 from torchbasics.checkpoint import CheckpointError, RunDirectory
@@ -74,6 +75,31 @@ class Presets(unittest.TestCase):
         code, said = ended(options.parse_with_preset, make_parser(), ["--preset", "slow"])
         self.assertEqual((code, said.count("\n")), (2, 1))
         self.assertIn("speedrun", said)
+
+
+class Guarded(unittest.TestCase):
+    def end(self, raised: BaseException, **options_given: Any) -> tuple[int, str]:
+        def work() -> int:
+            raise raised
+
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            return options.guarded(work, False, **options_given), err.getvalue()
+
+    def test_each_end_has_its_code_and_its_line(self) -> None:
+        self.assertEqual(options.guarded(lambda: 7, False), 7)
+        self.assertEqual(self.end(ValueError("x: bad; use y")), (2, "error: x: bad; use y\n"))
+        self.assertEqual(self.end(KeyboardInterrupt(), interrupted="stopped here"), (130, "\nstopped here\n"))
+        self.assertEqual(self.end(options.MissingExtra("pip install x")), (3, "error: pip install x\n"))
+        full = OSError(errno.ENOSPC, "No space left on device", "a.pt")
+        self.assertEqual(self.end(full, not_written="make room"),
+                         (1, "error: a.pt: No space left on device; make room\n"))  # fmt: skip
+        with mock.patch.object(options, "reader_left", return_value=141):
+            self.assertEqual(self.end(BrokenPipeError()), (141, ""))
+
+    def test_debug_raises_the_error_itself(self) -> None:
+        with self.assertRaises(ZeroDivisionError):
+            options.guarded(lambda: 1 // 0, True)
 
 
 class Numbers(unittest.TestCase):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torchbasics as tb
+from tests.scripts import load_script
 from tests.test_images import enlarged, image_of, photographed
 from torchbasics import checkpoint as checkpoints
 from torchbasics import images
@@ -37,18 +37,7 @@ SCRIPT = ROOT / "scripts" / "predict.py"
 MEAN, STD = (0.15,), (0.3,)
 
 
-def load_script() -> Any:
-    """The script as a module, without `scripts/` on the path."""
-    spec = importlib.util.spec_from_file_location("predict_under_test", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
-
-
-script = load_script()
+script = load_script("predict")
 DIGITS: Tensor  # (40, 28, 28) from 0 to 1, drawn
 LABELS: Tensor
 MODEL: torch.nn.Module

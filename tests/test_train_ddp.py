@@ -25,6 +25,7 @@ from torch import nn
 
 from tests import test_train_mnist
 from tests.processes import in_processes, needs_processes, outcomes
+from tests.scripts import load_script
 from tests.test_train_mnist import MNIST_LIKE, ROOT, Done, differences, few_digits, last_checkpoint, write_fashion
 from torchbasics import distributed, parallel
 from torchbasics.loaders import make_loaders
@@ -34,12 +35,7 @@ SCRIPT = ROOT / "scripts" / "train_ddp.py"
 HOST = socket.gethostname()
 
 
-def load_script() -> Any:
-    with mock.patch.object(test_train_mnist, "SCRIPT", SCRIPT):
-        return test_train_mnist.load_script()
-
-
-script = load_script()
+script = load_script("train_ddp")
 SMALL = (*test_train_mnist.ScriptCase.SMALL, "--device", "cpu", "--precision", "fp32")
 THREADS = torch.get_num_threads()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from tests.scripts import load_script
 from torchbasics import mnist
 from torchbasics.models import make_model
 
@@ -32,18 +32,7 @@ SCRIPT = ROOT / "scripts" / "train_mnist.py"
 MNIST_LIKE = {"train": 240, "t10k": 80}
 
 
-def load_script() -> Any:
-    """The script as a module, without `scripts/` on the path."""
-    spec = importlib.util.spec_from_file_location("train_mnist_under_test", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
-
-
-script = load_script()
+script = load_script("train_mnist")
 
 
 def setUpModule() -> None:

@@ -6,9 +6,10 @@ import argparse
 import contextlib
 import errno
 import math
+import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -285,9 +286,33 @@ def quiet_ends(debug: bool) -> Iterator[None]:
         sys.unraisablehook, sys.excepthook = before
 
 
-def one_line(
-    error: Exception, not_written: str = "older checkpoints are intact, make room or permit writing, then --resume"
-) -> str:
+# what to do about a disk that is full or forbidden, where a run writes
+GO_ON = "older checkpoints are intact, make room or permit writing, then --resume"
+
+
+def guarded(work: Callable[[], int], debug: bool, interrupted: str = "interrupted", not_written: str = GO_ON) -> int:
+    """The exit code of `work()`. An error takes one line on stderr, with `debug` its traceback; Ctrl-C says so."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return reader_left()
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {one_line(error, not_written)}", file=sys.stderr)
+        return exit_code(error)
+
+
+def reader_left() -> int:
+    """The exit code where who read our output has gone; nothing more is flushed into the closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13
+
+
+def one_line(error: Exception, not_written: str = GO_ON) -> str:
     """What, where and what to do, in one line; `not_written` is what to do about a full or forbidden disk."""
     text = str(error).strip()
     if "Original Traceback" in text:  # from a loader's worker: its last line is the error

@@ -614,8 +614,7 @@ class Trainer:
 
     def _check_unused(self) -> None:
         """Two runs in one folder would be mixed: `resume` would take the one with the higher step."""
-        mine = self.checkpoints and distributed.is_main() and self._saved_at == (-1, -1, -1)
-        if self.checkpoints and mine and self.checkpoints.steps():
+        if self.checkpoints and distributed.is_main() and self._saved_at == (-1, -1, -1) and self.checkpoints.steps():
             raise ValueError(
                 f"{self.checkpoints.folder}: holds the checkpoints of an earlier run; "
                 "call resume(), or give another folder"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -44,6 +43,7 @@ from tests.faults.runs import (
     training,
 )
 from tests.faults.saves import forge_bytes
+from tests.scripts import load_script
 from tests.test_mnist import idx, images_file, labels_file, write_set
 from tests.test_train_mnist import write_images
 from torchbasics import mnist
@@ -269,7 +269,7 @@ def hostile_to_scripts(row: Row, sentinel: Path) -> None:
     predict = ROOT / "scripts" / "predict.py"
     if not predict.exists():
         return row.skip("no scripts/predict.py")
-    script = load_module(predict)
+    script = load_script("predict")
     write_images(row.folder / "digits", 2)
     image = next((row.folder / "digits").rglob("*.png"))
     plain = row.new("weights.pt")
@@ -281,16 +281,6 @@ def hostile_to_scripts(row: Row, sentinel: Path) -> None:
         child = start(training(*options, image, script=script), row.new("predict"))
         child.wait()
         row.case(name, one_error(child, codes=(1, 2)), ["a command was run"] * sentinel.exists())
-
-
-def load_module(path: Path) -> Any:
-    """A script as a module, without its folder on the path."""
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    before = list(sys.path)
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    sys.path[:] = before
-    return module
 
 
 # ------------------------------------------------------------------------------------------------------------- row 13
@@ -765,7 +755,7 @@ def predicted(row: Row, run: Path, data: Path) -> None:
     """The same names through predict, as text and as JSON."""
     if not (ROOT / "scripts" / "predict.py").exists():
         return row.skip("no scripts/predict.py")
-    script = load_module(ROOT / "scripts" / "predict.py")
+    script = load_script("predict")
     images = sorted(data.rglob("*.png"))[: row.pick(40, 6)]
     for options in ((), ("--json",)):
         command = ("--checkpoint", run / "checkpoints" / "best.pt", *options, *images)

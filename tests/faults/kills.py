@@ -368,9 +368,7 @@ def started_together(row: Row) -> None:
             os.read(wait_for, 1)  # until the parent closes its end
 
         slow = lambda trainer: time.sleep(row.pick(0.1, 0.05))  # noqa: E731  # the winner is still there when the last one looks
-        children = [
-            start(training(*options, before=together, hook=slow), row.new("starter")) for _ in range(number)
-        ]
+        children = [start(training(*options, before=together, hook=slow), row.new("starter")) for _ in range(number)]
         os.close(reader)
         os.close(writer)
         codes = [child.wait(60) for child in children]

@@ -33,12 +33,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 import torchbasics as tb
-from tests.test_train_mnist import few_digits, load_script
+from tests.scripts import load_script
+from tests.test_train_mnist import few_digits
 
 ROOT = Path(__file__).resolve().parents[2]
 libc = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_PTRACER = 1, 36, 0x59616D61
-train_mnist = load_script()
+train_mnist = load_script("train_mnist")
 IMPORTED = (torch._dynamo, torchvision.utils, v2)
 
 # 200 training images, 40 for validation, 80 for the test; 7 steps an epoch
