@@ -195,6 +195,12 @@ def child(command: Sequence[str | Path], setting: Setting, codes: Iterable[int] 
     return out
 
 
+def alone(setting: Setting, contender: str, **how: Any) -> list[Any]:
+    """What one of the CONTENDERS yields in a process of its own."""
+    lines = child([sys.executable, __file__, "--alone", contender, json.dumps(how)], setting).splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def beside(name: str) -> Path:
     """Another script of this project."""
     path = Path(__file__).resolve().with_name(name)
@@ -438,6 +444,7 @@ def per_step(epoch: Callable[[], Any], job: Job) -> Callable[[], float]:
 
 def loop(setting: Setting) -> Iterator[dict[str, Any]]:
     """Trainer.fit against a hand-written loop over the same batches, then against others' trainers."""
+    tb.cache_cpu_memory()  # for all alike
     for tiny, steps, kind, goal in ((False, setting.few(40, 2), "as long", Goal("≤", 1.01)),
                                     (True, setting.few(400, 20), "seconds more", Goal("≤", 10e-6))):
         job = make_job(setting, tiny, steps)  # one for both: two equal models differ by percents, by where they lie
@@ -496,21 +503,46 @@ def products(model: nn.Module, inputs: Tensor, precision: str) -> Callable[[], N
     return once
 
 
-def step(setting: Setting) -> Iterator[dict[str, Any]]:
-    """The default configuration against the step of a newcomer, and against its own arithmetic."""
-    steps = setting.few(20, 2)
+def seconds_of_a_step(whose: str, steps: int, repeats: int, data_dir: str, device: str, quick: bool) -> Iterator[float]:
+    """A step of MNISTNet over batches that are already drawn, after one round to warm up.
+
+    `ours` as train_mnist takes it, `plain` as a newcomer does, or only the `products` of ours.
+    """
+    place = torch.device(device)
+    setting = Setting(quick, 1, 1, Path(data_dir), place, tb.pick_precision("auto", place), Path(data_dir))
     job = make_job(setting, tiny=False, batches=steps)
-    batches = list(job.loader)
-    job, plain = job._replace(loader=batches), tb.MNISTNet().to(setting.device)
-    schedule = tb.make_schedule("onecycle", job.optimizer, 100_000)
-    newcomer = job._replace(model=plain, optimizer=torch.optim.AdamW(plain.parameters(), 1e-3, weight_decay=1e-4),
-                            loader=batches, precision="fp32", memory_format=torch.contiguous_format)
-    alone = products(copy.deepcopy(job.model), batches[0][0].contiguous(memory_format=job.memory_format), job.precision)
+    job = job._replace(loader=list(job.loader))
+    if whose == "plain":
+        plain = tb.MNISTNet().to(place)
+        job = job._replace(model=plain, optimizer=torch.optim.AdamW(plain.parameters(), 1e-3, weight_decay=1e-4),
+                           precision="fp32", memory_format=torch.contiguous_format)
+        measure = per_step(functools.partial(by_hand, job), job)
+    else:
+        tb.cache_cpu_memory()
+        schedule = tb.make_schedule("onecycle", job.optimizer, 100_000)
+        inputs = job.loader[0][0].contiguous(memory_format=job.memory_format)
+        arithmetic = products(copy.deepcopy(job.model), inputs, job.precision)
+        measure = per_step(by_trainer(job, scheduler=schedule, scheduler_interval="step") if whose == "ours" else
+                           lambda: [arithmetic() for _ in range(steps)], job)
+    measure()
+    for _ in range(repeats):
+        yield measure()
+
+
+def step(setting: Setting) -> Iterator[dict[str, Any]]:
+    """The default configuration against the step of a newcomer, and against its own arithmetic.
+
+    Each in processes of its own: `cache_cpu_memory`, which is part of ours, changes all of a process.
+    """
+    how = {"steps": setting.few(20, 2), "repeats": setting.few(5, 1), "data_dir": str(setting.data_dir),
+           "device": str(setting.device), "quick": setting.quick}
+
+    def one(whose: str) -> float:
+        return statistics.median(alone(setting, "step", whose=whose, **how))
+
     ours, peers, arithmetic = interleaved(
-        setting.pairs, per_step(by_trainer(job, scheduler=schedule, scheduler_interval="step"), job),
-        per_step(functools.partial(by_hand, newcomer), newcomer),
-        per_step(lambda: [alone() for _ in range(steps)], job))
-    what = f"a step of MNISTNet, 128 images, {setting.precision}, channels_last, fused AdamW"
+        setting.few(setting.runs, 1), *(functools.partial(one, whose) for whose in ("ours", "plain", "products")))
+    what = f"a step of MNISTNet, 128 images, {setting.precision}, channels_last, fused AdamW, memory kept"
     yield row(what, "plain eager fp32", "as fast", "s", ours, peers, Goal("≥", 2.5))
     yield row(f"{what}: rate", "its convolutions and products alone", "reached", "s", ours, arithmetic,
               Goal("≥", 0.7))
@@ -518,6 +550,7 @@ def step(setting: Setting) -> Iterator[dict[str, Any]]:
 
 def monitor(setting: Setting) -> Iterator[dict[str, Any]]:
     """GradientMonitor as a call-back, which reports at every tenth step."""
+    tb.cache_cpu_memory()  # for both
     watched, plain = (make_job(setting, False, setting.few(40, 10)) for _ in range(2))
     callback = tb.GradientMonitor(watched.model, every=10, verbose=False)
     ours, peers = interleaved(setting.pairs, per_step(by_trainer(watched, on_step_end=(callback,)), watched),
@@ -585,8 +618,7 @@ def classic_runs(setting: Setting, stop_at: float | None = None) -> list[list[di
         for seed in range(1, setting.few(setting.long_runs, 1) + 1):
             how = {"root": str(idx_folder(setting)), "epochs": setting.few(14, 1), "device": str(setting.device),
                    "stop_at": stop_at, "seed": seed, "limit": setting.few(0, 5) or None, "began": time.time()}
-            lines = child([sys.executable, __file__, "--classic", json.dumps(how)], setting).splitlines()
-            runs.append([json.loads(line) for line in lines])
+            runs.append(alone(setting, "classic", **how))
         setting.cache["classic"] = runs
     return setting.cache["classic"]
 
@@ -661,20 +693,21 @@ def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
     """Processes of one thread each under torchrun; images a second of training, so that start-up counts for nothing."""
     if not torch.distributed.is_available():
         raise Skip("torch.distributed is not available in this build of torch")
-    arguments = ("--dataset", "mnist" if has_mnist(setting) else "digits", "--epochs", 1, "--val-size", 1000,
-                 "--limit-batches", setting.few(150, 6), "--quiet")
+    arguments = ("--dataset", "mnist" if has_mnist(setting) else "digits", "--epochs", 1, "--val-size", 1000, "--quiet")
 
-    def rate(processes: int) -> float:
+    def rate(processes: int, images: int) -> float:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-        return train(setting, *arguments, device="cpu", environment={"OMP_NUM_THREADS": "1"},
-                     launcher=launcher if processes else (),
+        return train(setting, *arguments, "--batch-size", images, "--limit-batches", setting.few(19_200, 768) // images,
+                     device="cpu", environment={"OMP_NUM_THREADS": "1"}, launcher=launcher if processes else (),
                      script="train_ddp.py" if processes else "train_mnist.py")["samples_per_second"]
 
     # each run is a process of its own: what would be warmed up is not
-    rounds = [[rate(processes) for processes in (2, 1, 0)] for _ in range(setting.few(min(setting.runs, 3), 1))]
-    two, one, none = (list(series) for series in zip(*rounds, strict=True))
-    yield row("2 processes of one thread", "1 process of one thread", "the rate", "images/s", two, one,
-              Goal("≥", 1.8))
+    rounds = [[rate(*job) for job in ((2, 128), (1, 128), (0, 128), (2, 512), (1, 512))]
+              for _ in range(setting.few(min(setting.runs, 3), 1))]
+    two, one, none, *larger = (list(series) for series in zip(*rounds, strict=True))
+    for images, ours, peers in ((128, two, one), (512, *larger)):
+        yield row(f"2 processes of one thread, {images} images a batch", "1 process of one thread", "the rate",
+                  "images/s", ours, peers, Goal("≥", 1.8), "gloo; the gradient of 871,018 weights is sent at each step")
     yield row("1 process under torchrun", "plain train_mnist", "as long", "s", [1 / value for value in one],
               [1 / value for value in none], Goal("≤", 1.03), "seconds an image; one thread")
 
@@ -750,6 +783,8 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
     "import": import_time, "loader": loader, "loop": loop, "step": step, "run": run, "speedrun": speedrun, "save": save,
     "monitor": monitor, "ddp": ddp, "inference": inference, "gpu": gpu,
 }
+# What is measured in processes of its own; generators of what JSON can hold.
+CONTENDERS: dict[str, Callable[..., Iterable[Any]]] = {"classic": classic_example, "step": seconds_of_a_step}
 
 
 # ----------------------------------------------------------------------------------------------- measuring, and showing
@@ -895,7 +930,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--from", dest="source", metavar="FILE", help="show what --json has printed into FILE, measure nothing "
         "(default: measure)")
     add("--debug", action="store_true", help="show tracebacks (default: off)")
-    add("--classic", type=json.loads, help=argparse.SUPPRESS)  # the peer of run and speedrun, in its own process
+    add("--alone", nargs=2, help=argparse.SUPPRESS)  # one of the CONTENDERS, and its arguments as JSON
     args = parser.parse_args(argv)
     if args.json and (args.markdown or args.source):
         parser.error("--json prints what is measured; leave out --markdown and --from")
@@ -917,9 +952,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """The recipe."""
-    if args.classic:
-        for epoch in classic_example(**args.classic):
-            print(json.dumps(epoch), flush=True)
+    if args.alone:
+        for found in CONTENDERS[args.alone[0]](**json.loads(args.alone[1])):
+            print(json.dumps(found), flush=True)
         return 0
     if args.source:
         report = load_report(args.source)

@@ -217,6 +217,7 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
     """The recipe."""
     began = time.monotonic()
     threads = distributed.set_threads()
+    tb.cache_cpu_memory()
     distributed.introduce_host()
     run = None
     if distributed.is_main():  # which alone writes
@@ -301,11 +302,4 @@ def begin_report(
 
 
 if __name__ == "__main__":
-    code = main()
-    if distributed.is_launched():
-        # All is saved and said. Threads of the process group may outlive Python itself, and abort its end ("terminate
-        # called without an active exception"): torchrun would take a finished job for a failed one.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    options.leave(main())

@@ -170,6 +170,7 @@ def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextl
     """The recipe."""
     began = time.monotonic()
     device = tb.pick_device(args.device)
+    tb.cache_cpu_memory()
     tb.set_seed(args.seed, args.deterministic)
     stack.enter_context(torch.autograd.set_detect_anomaly(args.anomaly))
     data = load_data(args, device)
@@ -270,4 +271,4 @@ def judge_ensemble(args: argparse.Namespace, run: tb.RunDirectory, members: list
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options.leave(main())

@@ -185,6 +185,39 @@ class Fair(WithSetting):
         self.assertTrue(all(map(torch.equal, before, model.parameters())))
         self.assertFalse(any(layer._forward_hooks for layer in model.modules()))
 
+    def test_each_step_alone(self) -> None:
+        """Only ours keeps its memory; the other ways are those of the rows' names."""
+        self.patch(images=lambda _: self.setting.cache["images"])
+        how = {"steps": 1, "repeats": 2, "data_dir": "absent", "device": "cpu", "quick": True}
+        for whose, layout, fused in (("ours", torch.channels_last, True), ("products", torch.channels_last, None),
+                                     ("plain", torch.contiguous_format, None)):
+            jobs: list[Any] = []
+            with mock.patch.object(script, "per_step", lambda work, job: jobs.append(job) or (lambda: 0.5)), \
+                    mock.patch.object(script.tb, "cache_cpu_memory") as kept:
+                self.assertEqual(list(script.seconds_of_a_step(whose, **how)), [0.5, 0.5])
+            (job,) = jobs
+            self.assertEqual((kept.called, job.memory_format), (whose != "plain", layout))
+            self.assertEqual(job.precision, "fp32" if whose == "plain" else tb.pick_precision("auto"))
+            if fused is not None:
+                self.assertTrue(job.optimizer.defaults["fused"])
+
+    def test_steps_are_compared(self) -> None:
+        seconds = {"ours": [0.02, 0.01, 0.03], "plain": [0.06], "products": [0.015]}
+        found: list[str] = []
+
+        def child(command: Any, _: Any) -> str:
+            name, how = command[-2], json.loads(command[-1])
+            found.append(how["whose"])
+            self.assertEqual(name, "step")
+            return "\n".join(map(str, seconds[how["whose"]]))
+
+        self.patch(child=child)
+        fast, rate = script.step(self.setting)
+        self.assertEqual(found, ["ours", "plain", "products"] * 2)  # the first round warms up
+        self.assertAlmostEqual(fast["ratio"]["median"], 3.0)
+        self.assertAlmostEqual(rate["ratio"]["median"], 0.75)
+        self.assertTrue(fast["goal"]["met"] and rate["goal"]["met"])
+
     def test_torchvision_reads_the_same_images(self) -> None:
         found = script.torchvision_mnist(script.idx_folder(self.setting))
         inputs, targets = self.setting.cache["images"]
@@ -236,7 +269,7 @@ class Classic(WithSetting):
         how = {"root": str(script.idx_folder(self.setting)), "epochs": 2, "limit": 1, "began": script.time.time() - 50}
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            self.assertEqual(script.main(["--classic", json.dumps(how)]), 0)
+            self.assertEqual(script.main(["--alone", "classic", json.dumps(how)]), 0)
         first, second = map(json.loads, out.getvalue().splitlines())
         self.assertEqual((first["epoch"], second["epoch"]), (1, 2))
         self.assertTrue(0 < first["train_seconds"] < second["train_seconds"] < 50 < second["process_seconds"], second)
@@ -332,11 +365,16 @@ class OtherSections(WithSetting):
         def train(setting: Any, *arguments: Any, launcher: Any, script: str, environment: Any, device: str) -> Any:
             self.assertEqual((environment, device), ({"OMP_NUM_THREADS": "1"}, "cpu"))
             self.assertEqual(script, "train_ddp.py" if launcher else "train_mnist.py")
-            return {"samples_per_second": rates[launcher[-1] if launcher else ""]}
+            images = arguments[arguments.index("--batch-size") + 1]
+            self.assertEqual(images * arguments[arguments.index("--limit-batches") + 1], 768 // images * images)
+            rate = rates[launcher[-1] if launcher else ""]
+            return {"samples_per_second": rate if images == 128 else rate ** 0.5}
 
         self.patch(train=train)
-        two, one = script.ddp(self.setting)
+        two, larger, one = script.ddp(self.setting)
         self.assertEqual((two["ratio"]["median"], two["goal"]["met"]), (1.9, True))
+        self.assertAlmostEqual(larger["ratio"]["median"], 1.9 ** 0.5)
+        self.assertFalse(larger["goal"]["met"])
         self.assertAlmostEqual(one["ratio"]["median"], 1.02)
         self.assertTrue(one["goal"]["met"])
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import platform
 import random
+import subprocess
+import sys
 import tempfile
 import types
 import unittest
@@ -18,6 +21,7 @@ from torchbasics import device as devices
 from torchbasics.device import (
     autocast,
     bf16_is_native,
+    cache_cpu_memory,
     check_pytorch_environment,
     device_name,
     pick_device,
@@ -139,6 +143,70 @@ class Precision(unittest.TestCase):
         self.assertFalse(torch.is_autocast_enabled("cpu"))
 
 
+class CpuMemory(unittest.TestCase):
+    # Page faults of twenty rounds of a few blocks above 32 MiB, which glibc maps anew each time.
+    ROUNDS = """
+import resource, torch
+from torchbasics import cache_cpu_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        blocks = [torch.ones(9 << 20) for _ in range(2)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+plain, took, _, cached = faults(), cache_cpu_memory(), faults(), faults()
+print(plain, took, cached)
+"""
+
+    @unittest.skipUnless(platform.libc_ver()[0] == "glibc", "only glibc's malloc can be told so")
+    def test_freed_memory_is_used_again(self) -> None:
+        environment = {k: v for k, v in os.environ.items() if k not in devices.MALLOC_VARIABLES}
+        done = subprocess.run(
+            [sys.executable, "-c", self.ROUNDS],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        self.assertEqual(done.stderr, "")
+        plain, took, cached = done.stdout.split()
+        self.assertEqual(took, "True")
+        self.assertLess(int(cached), int(plain) / 10)
+
+    def test_the_users_variables_win(self) -> None:
+        for name in devices.MALLOC_VARIABLES:
+            with mock.patch.dict(os.environ, {name: "1"}), mock.patch.object(devices.ctypes, "CDLL") as library:
+                self.assertFalse(cache_cpu_memory())
+                library.assert_not_called()
+
+    def test_where_it_cannot_be(self) -> None:
+        """No such function on macOS and with musl; no C library under the name None on Windows."""
+        unset = {name: value for name, value in os.environ.items() if name not in devices.MALLOC_VARIABLES}
+        with mock.patch.dict(os.environ, unset, clear=True):
+            with mock.patch.object(devices.ctypes, "CDLL", return_value=object()):
+                self.assertFalse(cache_cpu_memory())
+            with mock.patch.object(devices.ctypes, "CDLL", side_effect=TypeError):
+                self.assertFalse(cache_cpu_memory())
+
+    def test_an_old_glibc_takes_its_largest_bound(self) -> None:
+        unset = {name: value for name, value in os.environ.items() if name not in devices.MALLOC_VARIABLES}
+        calls = []
+
+        def mallopt(option: int, value: int) -> int:
+            calls.append((option, value))
+            return int(option != -3 or value <= 32 << 20)
+
+        with (
+            mock.patch.dict(os.environ, unset, clear=True),
+            mock.patch.object(devices.ctypes, "CDLL", return_value=types.SimpleNamespace(mallopt=mallopt)),
+        ):
+            self.assertTrue(cache_cpu_memory())
+        self.assertEqual(calls, [(-1, 2**31 - 1), (-3, 2**31 - 1), (-3, 32 << 20)])
+
+
 class Seeds(unittest.TestCase):
     def setUp(self) -> None:
         self.enter = contextlib.ExitStack()
@@ -187,6 +255,9 @@ class Seeds(unittest.TestCase):
         self.assertEqual(os.environ["CUBLAS_WORKSPACE_CONFIG"], ":4096:8")
         set_seed(1)
         self.assertFalse(torch.are_deterministic_algorithms_enabled())
+        with mock.patch.object(torch, "use_deterministic_algorithms") as call:
+            set_seed(1)
+        call.assert_not_called()  # it would import the whole compiler
 
     def test_wrong_seeds(self) -> None:
         for seed in (-1, 2**32):

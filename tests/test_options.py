@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import sys
 import tempfile
 import unittest
@@ -222,6 +223,34 @@ class Errors(unittest.TestCase):
         for number in (errno.EROFS, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EACCES):
             said = options.one_line(OSError(number, "Not written"))
             self.assertRegex(said, "^the output directory: Not written; older checkpoints are intact")
+
+    def left(self, code: int, writing: int) -> int:
+        """The exit code of a process that prints into `writing` and leaves with `code`."""
+        child = os.fork()
+        if not child:
+            try:
+                os.dup2(writing, 1)
+                sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (with a buffer of its own)
+                print("said", end="")
+                options.leave(code)
+            finally:
+                os._exit(99)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def test_leaving_at_once(self) -> None:
+        with tempfile.TemporaryFile("w+") as file:
+            self.assertEqual(self.left(3, file.fileno()), 3)
+            file.seek(0)
+            self.assertEqual(file.read(), "said")
+
+    def test_leaving_where_nothing_can_be_written(self) -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+        self.addCleanup(os.close, writing)
+        full = os.open("/dev/full", os.O_WRONLY)
+        self.addCleanup(os.close, full)
+        self.assertEqual([self.left(0, writing), self.left(2, writing)], [141, 2])
+        self.assertEqual([self.left(0, full), self.left(2, full)], [1, 2])
 
     def test_exit_codes(self) -> None:
         for error, code in (

@@ -150,9 +150,11 @@ class OneProcess(DdpCase):
         self.assertLessEqual({"command", "seed", "arguments", "processes"}, self.info(mine).keys())
 
     def test_what_it_says(self) -> None:
-        with mock.patch.object(sys, "argv", [str(SCRIPT)]):
+        memory = mock.patch.object(script.tb, "cache_cpu_memory")
+        with mock.patch.object(sys, "argv", [str(SCRIPT)]), memory as kept:
             done = self.main(*SMALL, "--output", self.folder / "run")
         self.assertEqual((done.code, done.err), (0, ""))
+        kept.assert_called_once_with()
         self.assertRegex(done.out, rf"; 1 process \(rank 0: {HOST} cpu\); .*, 1 thread each.*; fp32")
         self.assertIn("test_accuracy", self.info(self.folder / "run")["result"])
         self.assertNotIn("communication", done.out)

@@ -320,6 +320,11 @@ class ARun(ScriptCase):
         self.assertEqual(list(self.folder.iterdir()), [])
         self.assertNotIn("--resume", done.out)
 
+    def test_it_keeps_the_memory_of_each_step_for_the_next(self) -> None:
+        with mock.patch.object(script.tb, "cache_cpu_memory") as called:
+            self.assertEqual(self.main(*self.SMALL, "--limit-batches", 1, "--dry-run").code, 0)
+        called.assert_called_once_with()
+
     def test_without_output_it_names_a_directory_itself(self) -> None:
         here = os.getcwd()
         os.chdir(self.folder)

@@ -23,7 +23,7 @@ from torchbasics.data import (
     pad_collate,
     split_dataset,
 )
-from torchbasics.device import check_pytorch_environment, pick_device, pick_precision, set_seed
+from torchbasics.device import cache_cpu_memory, check_pytorch_environment, pick_device, pick_precision, set_seed
 from torchbasics.digits import draw_digits
 from torchbasics.early_stopping import EarlyStopping
 from torchbasics.evaluation import compute_accuracy, evaluate, predict
@@ -88,6 +88,7 @@ __all__ = [
     "TensorLoader",
     "Trainer",
     "averaged_copy",
+    "cache_cpu_memory",
     "check_nan_inf",
     "check_pytorch_environment",
     "compute_accuracy",
