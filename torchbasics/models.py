@@ -157,26 +157,27 @@ class MNISTNet(nn.Module):
 
 
 class FastNet(nn.Module):
-    """A convolution of stride 2, pooled at once, then two small ones: 99% on MNIST after seconds of training.
+    """A convolution of stride 2, pooled at once, then two small ones: 99% on MNIST after a second of training.
 
-    Pooling comes before BatchNorm and ReLU, which then have a quarter of the work. 19,794 parameters by default. Input,
-    output and errors as for `CNN`; `image_size` is at least 8.
+    Pooling comes before BatchNorm and ReLU, which then have a quarter of the work; the others have no padding and so
+    need no second pooling. 29,434 parameters by default. Input, output and errors as for `CNN`; `image_size` is at
+    least 20.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> None:
         super().__init__()
-        _check_image_model(num_classes, in_channels, image_size, smallest=8)
+        _check_image_model(num_classes, in_channels, image_size, smallest=20)
         self.in_channels, self.image_size = in_channels, image_size
         self.features = nn.Sequential(
-            *_plain_conv(in_channels, 24, kernel=5, stride=2, pool=True),  # (B, 24, 7, 7)
-            *_plain_conv(24, 32),
-            *_plain_conv(32, 32, pool=True),  # (B, 32, 3, 3)
+            *_plain_conv(in_channels, 16, kernel=5, stride=2, padding=2, pool=True),  # (B, 16, 7, 7)
+            *_plain_conv(16, 32, padding=0),  # (B, 32, 5, 5)
+            *_plain_conv(32, 64, padding=0),  # (B, 64, 3, 3)
         )
-        self.classifier = nn.Linear(32 * (image_size // 8) ** 2, num_classes)
+        self.classifier = nn.Linear(64 * (image_size // 4 - 4) ** 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_images(x, self.in_channels, self.image_size)
-        return self.classifier(self.features(x).flatten(1))  # (B, 288) -> (B, 10)
+        return self.classifier(self.features(x).flatten(1))  # (B, 576) -> (B, 10)
 
 
 class SmallVGG(nn.Module):
@@ -403,9 +404,10 @@ def _conv(n: int, m: int) -> list[nn.Module]:
     return [nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), nn.ReLU()]
 
 
-def _plain_conv(n: int, m: int, kernel: int = 3, stride: int = 1, pool: bool = False) -> list[nn.Module]:
-    # without bias, which BatchNorm would take away again
-    conv = nn.Conv2d(n, m, kernel, stride, padding=kernel // 2, bias=False)
+def _plain_conv(
+    n: int, m: int, kernel: int = 3, stride: int = 1, padding: int = 1, pool: bool = False
+) -> list[nn.Module]:
+    conv = nn.Conv2d(n, m, kernel, stride, padding, bias=False)  # BatchNorm would take a bias away again
     return [conv, *([nn.MaxPool2d(2)] if pool else []), nn.BatchNorm2d(m), nn.ReLU()]
 
 
@@ -435,7 +437,7 @@ def _check_image_model(num_classes: int, in_channels: int, image_size: int, smal
     if image_size % 4:
         raise ValueError(f"expected image_size to be a multiple of 4 (two poolings halve it), got {image_size}")
     if image_size < smallest:
-        raise ValueError(f"expected image_size to be at least {smallest} (halved three times), got {image_size}")
+        raise ValueError(f"expected image_size to be at least {smallest} (else nothing is left of it), got {image_size}")
 
 
 # The checks read shapes and dtypes only, so they cost no device sync and leave a dynamic batch dynamic. `torch.fx.wrap`
