@@ -540,8 +540,8 @@ def step(setting: Setting) -> Iterator[dict[str, Any]]:
     def one(whose: str) -> float:
         return statistics.median(alone(setting, "step", whose=whose, **how))
 
-    ours, peers, arithmetic = interleaved(
-        setting.few(setting.runs, 1), *(functools.partial(one, whose) for whose in ("ours", "plain", "products")))
+    rounds = [[one(whose) for whose in ("ours", "plain", "products")] for _ in range(setting.few(setting.runs, 1))]
+    ours, peers, arithmetic = (list(series) for series in zip(*rounds, strict=True))
     what = f"a step of MNISTNet, 128 images, {setting.precision}, channels_last, fused AdamW, memory kept"
     yield row(what, "plain eager fp32", "as fast", "s", ours, peers, Goal("≥", 2.5))
     yield row(f"{what}: rate", "its convolutions and products alone", "reached", "s", ours, arithmetic,
@@ -704,8 +704,8 @@ def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
     # each run is a process of its own: what would be warmed up is not
     rounds = [[rate(*job) for job in ((2, 128), (1, 128), (0, 128), (2, 512), (1, 512))]
               for _ in range(setting.few(min(setting.runs, 3), 1))]
-    two, one, none, *larger = (list(series) for series in zip(*rounds, strict=True))
-    for images, ours, peers in ((128, two, one), (512, *larger)):
+    two, one, none, larger_two, larger_one = (list(series) for series in zip(*rounds, strict=True))
+    for images, ours, peers in ((128, two, one), (512, larger_two, larger_one)):
         yield row(f"2 processes of one thread, {images} images a batch", "1 process of one thread", "the rate",
                   "images/s", ours, peers, Goal("≥", 1.8), "gloo; the gradient of 871,018 weights is sent at each step")
     yield row("1 process under torchrun", "plain train_mnist", "as long", "s", [1 / value for value in one],

@@ -160,6 +160,16 @@ class Forward(unittest.TestCase):
             h = F.max_pool2d(h, 2) if i % 2 else h
         torch.testing.assert_close(model(x), model.classifier(h.flatten(1)))
 
+    def test_small_vgg_drops_features_and_half_as_often_channels(self) -> None:
+        model = SmallVGG(dropout=0.5)
+        self.assertEqual([layer.p for layer in model.modules() if isinstance(layer, nn.Dropout2d)], [0.25] * 3)
+        seen: list[torch.Tensor] = []
+        model.features.register_forward_hook(lambda module, args, output: torch.ones_like(output))
+        model.classifier.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+        model(torch.zeros(4, 1, 28, 28))
+        model.eval()(torch.zeros(4, 1, 28, 28))
+        self.assertEqual([set(features.unique().tolist()) for features in seen], [{0.0, 2.0}, {1.0}])
+
     def test_shifted_views_average_the_probabilities_of_nine_shifts(self) -> None:
         inner = torch.randn(2, 1, 26, 26)
         x = F.pad(inner, (1, 1, 1, 1))  # empty at the edge: a roll loses nothing

@@ -375,6 +375,11 @@ class ARun(ScriptCase):
         self.assert_refused(done._replace(err=done.err), "pip install", code=3)
 
 
+def nine_views(inputs: Tensor) -> list[Tensor]:
+    wide = torch.nn.functional.pad(inputs, (1, 1, 1, 1), mode="replicate")
+    return [wide[..., y : y + 28, x : x + 28] for y in range(3) for x in range(3)]
+
+
 class Recipes(ScriptCase):
     def test_a_preset_trains_and_is_recorded(self) -> None:
         run = self.small("run", "--preset", "best", "--epochs", 1)
@@ -388,10 +393,8 @@ class Recipes(ScriptCase):
         model.load_state_dict(torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model_state_dict"])
         loaders = script.make_loaders("digits", batch_size=32, val_size=40)
         (inputs, targets), *_ = list(loaders.test)
-        wide = torch.nn.functional.pad(inputs, (1, 1, 1, 1), mode="replicate")
-        views = [wide[..., y : y + 28, x : x + 28] for y in range(3) for x in range(3)]
         with torch.no_grad():
-            mean = torch.stack([model(view).softmax(1) for view in views]).mean(0)
+            mean = torch.stack([model(view).softmax(1) for view in nine_views(inputs)]).mean(0)
         loss = float(torch.nn.functional.nll_loss(mean.log(), targets))
         result = self.info(run)["result"]
         self.assertAlmostEqual(result["test_loss"], loss, places=5)
@@ -426,6 +429,16 @@ class Ensemble(ScriptCase):
         self.assertEqual(result["members"][1]["test_accuracy"], self.info(alone)["result"]["test_accuracy"])
         self.assertEqual((len(result["members"]), result["epochs_run"]), (2, 4))
         self.assertRegex(done.out, r"ensemble of 2: test \d+\.\d\d% .* alone \d+\.\d\d%  \d+\.\d\d%")
+
+    def test_with_tta_each_member_reads_nine_views(self) -> None:
+        run = self.small("two", "--precision", "fp32", "--seed", 5, "--ensemble", 2, "--tta", "--epochs", 1)
+        found = []
+        for i, seed in ((1, 5), (2, 6)):
+            inputs, targets = next(iter(self.loaders(seed).test))
+            views = [self.probabilities(run / f"member-{i}", view) for view in nine_views(inputs)]
+            found.append(torch.stack(views).mean(0))
+        loss = float(torch.nn.functional.nll_loss(torch.stack(found).mean(0).log(), targets))
+        self.assertAlmostEqual(self.info(run)["result"]["test_loss"], loss, places=5)
 
     def test_interrupted_and_resumed(self) -> None:
         options = (*self.SMALL, "--ensemble", 2)

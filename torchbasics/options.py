@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1, "augment": False,
     },
     "best": {
-        "model": "smallvgg", "epochs": 15, "lr": 3e-3, "weight_decay": 1e-2, "dropout": 0.1, "ema": 0.999,
+        "model": "smallvgg", "epochs": 15, "lr": 3e-3, "weight_decay": 1e-2, "dropout": 0.2, "ema": 0.999,
         "rotation": 12.0, "scaling": 0.1, "tta": True,
     },
 }  # fmt: skip
