@@ -504,7 +504,8 @@ def prepare(args: argparse.Namespace) -> tuple[Work, Iterator, dict[str, Any]]:
     """The step, its batches for ever, and the settings as they go into the report."""
     device = tb.pick_device(args.device)
     precision = tb.pick_precision(args.precision, device)
-    tb.cache_cpu_memory()  # as the training scripts do
+    if device.type == "cpu":
+        tb.cache_cpu_memory()  # as the training scripts do
     tb.set_seed()
     loader, facts, notice = load_data(args, device)
     model = load_model(args, facts)

@@ -217,7 +217,8 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
     """The recipe."""
     began = time.monotonic()
     threads = distributed.set_threads()
-    tb.cache_cpu_memory()
+    if device.type == "cpu":
+        tb.cache_cpu_memory()
     distributed.introduce_host()
     run = None
     if distributed.is_main():  # which alone writes

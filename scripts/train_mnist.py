@@ -170,7 +170,8 @@ def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextl
     """The recipe."""
     began = time.monotonic()
     device = tb.pick_device(args.device)
-    tb.cache_cpu_memory()
+    if device.type == "cpu":
+        tb.cache_cpu_memory()
     tb.set_seed(args.seed, args.deterministic)
     stack.enter_context(torch.autograd.set_detect_anomaly(args.anomaly))
     data = load_data(args, device)

@@ -186,19 +186,25 @@ class Fair(WithSetting):
         self.assertFalse(any(layer._forward_hooks for layer in model.modules()))
 
     def test_each_step_alone(self) -> None:
-        """Only ours keeps its memory; the other ways are those of the rows' names."""
+        """Only ours is the Trainer's, and fused; only the newcomer's does not keep its memory."""
         self.patch(images=lambda _: self.setting.cache["images"])
         how = {"steps": 1, "repeats": 2, "data_dir": "absent", "device": "cpu", "quick": True}
-        for whose, layout, fused in (("ours", torch.channels_last, True), ("products", torch.channels_last, None),
+        for whose, layout, fused in (("ours", torch.channels_last, True), ("products", torch.channels_last, True),
                                      ("plain", torch.contiguous_format, None)):
-            with mock.patch.object(script, "per_step", return_value=lambda: 0.5) as measured, \
-                    mock.patch.object(script.tb, "cache_cpu_memory") as kept:
+            work = {name: mock.Mock() for name in ("by_trainer", "by_hand", "products")}
+            with contextlib.ExitStack() as stack:
+                for name, function in work.items():
+                    stack.enter_context(mock.patch.object(script, name, function))
+                measured = stack.enter_context(mock.patch.object(script, "per_step", return_value=lambda: 0.5))
+                kept = stack.enter_context(mock.patch.object(script.tb, "cache_cpu_memory"))
                 self.assertEqual(list(script.seconds_of_a_step(whose, **how)), [0.5, 0.5])
-            job = measured.call_args.args[1]
+                measure, job = measured.call_args.args
+                measure()
+            ran = [name for name, function in work.items() if (function if name == "by_hand" else function()).called]
+            self.assertEqual(ran, [{"ours": "by_trainer", "plain": "by_hand"}.get(whose, whose)])
             self.assertEqual((kept.called, job.memory_format), (whose != "plain", layout))
             self.assertEqual(job.precision, "fp32" if whose == "plain" else tb.pick_precision("auto"))
-            if fused is not None:
-                self.assertTrue(job.optimizer.defaults["fused"])
+            self.assertEqual(job.optimizer.defaults["fused"], fused)
 
     def test_steps_are_compared(self) -> None:
         seconds = {"ours": [0.02, 0.01, 0.03], "plain": [0.06], "products": [0.015]}

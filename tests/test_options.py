@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import io
@@ -224,33 +225,50 @@ class Errors(unittest.TestCase):
             said = options.one_line(OSError(number, "Not written"))
             self.assertRegex(said, "^the output directory: Not written; older checkpoints are intact")
 
-    def left(self, code: int, writing: int) -> int:
-        """The exit code of a process that prints into `writing` and leaves with `code`."""
-        child = os.fork()
-        if not child:
-            try:
-                os.dup2(writing, 1)
-                sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (with a buffer of its own)
-                print("said", end="")
-                options.leave(code)
-            finally:
-                os._exit(99)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    def left(self, code: int, writing: int | None = None) -> tuple[int, str]:
+        """Exit code and stderr of a process that prints, into `writing` or nowhere, and leaves with `code`."""
+        if not hasattr(os, "fork"):
+            self.skipTest("needs fork")
+        with tempfile.TemporaryFile("w+") as errors:
+            child = os.fork()
+            if not child:
+                try:
+                    os.dup2(errors.fileno(), 2)
+                    sys.stdout, sys.stderr = None, open(2, "w", closefd=False)  # type: ignore[assignment]  # noqa: SIM115
+                    if writing is not None:
+                        os.dup2(writing, 1)
+                        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (with a buffer of its own)
+                        atexit._clear()
+                        atexit.register(print, ", then this", end="")
+                        print("said", end="")
+                    options.leave(code)
+                finally:
+                    os._exit(99)
+            ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            errors.seek(0)
+            return ended, errors.read()
 
     def test_leaving_at_once(self) -> None:
         with tempfile.TemporaryFile("w+") as file:
-            self.assertEqual(self.left(3, file.fileno()), 3)
+            self.assertEqual(self.left(3, file.fileno()), (3, ""))
             file.seek(0)
-            self.assertEqual(file.read(), "said")
+            self.assertEqual(file.read(), "said, then this")
+        self.assertEqual(self.left(0), (0, ""))  # started without an output
 
-    def test_leaving_where_nothing_can_be_written(self) -> None:
+    def test_leaving_where_nobody_reads(self) -> None:
         reading, writing = os.pipe()
         os.close(reading)
         self.addCleanup(os.close, writing)
+        self.assertEqual([self.left(0, writing), self.left(2, writing)], [(141, ""), (2, "")])
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_leaving_where_nothing_can_be_written(self) -> None:
         full = os.open("/dev/full", os.O_WRONLY)
         self.addCleanup(os.close, full)
-        self.assertEqual([self.left(0, writing), self.left(2, writing)], [141, 2])
-        self.assertEqual([self.left(0, full), self.left(2, full)], [1, 2])
+        code, said = self.left(0, full)
+        self.assertEqual((code, said.count("\n")), (1, 1))
+        self.assertIn("No space left", said)
+        self.assertEqual(self.left(2, full)[0], 2)
 
     def test_exit_codes(self) -> None:
         for error, code in (

@@ -86,7 +86,7 @@ def cache_cpu_memory() -> bool:
     By default glibc returns large blocks to the system, and every training step has to take them again, page by page:
     of a step of MNISTNet that is a quarter. The process stays as large as it once was (glibc manual, mallopt).
 
-    Returns whether it took effect: not without glibc, nor where the user has set malloc's own variables.
+    Returns whether the C library agreed: not without glibc, nor where the user has set malloc's own variables.
     """
     if any(name in os.environ for name in MALLOC_VARIABLES):
         return False
@@ -94,9 +94,8 @@ def cache_cpu_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, Windows, musl
         return False
-    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    # glibc before 2.35 takes 32 MiB at most as the size from which a block has a mapping of its own
-    return bool(mallopt(trim_threshold, most) and (mallopt(mmap_threshold, most) or mallopt(mmap_threshold, 2**25)))
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))  # give nothing back; map no block of its own
 
 
 def set_seed(seed: int = 42, deterministic: bool = False) -> None:
@@ -110,7 +109,7 @@ def set_seed(seed: int = 42, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; see its reproducibility notes
         torch.backends.cudnn.benchmark = False
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call alone imports torch's compiler, 1 s
+    if deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler: a second
         torch.use_deterministic_algorithms(deterministic)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import math
@@ -307,18 +308,23 @@ def guarded(work: Callable[[], int], debug: bool, interrupted: str = "interrupte
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process at once, its output written: what stands last in a training script.
+    """Ends the process at once, when what `atexit` knows of is done and all output written.
 
-    Python's own end takes torch apart, which is a tenth of a short run and saves nothing; and threads of a process
-    group may outlive it and abort ("terminate called without an active exception"): torchrun would see a failed job.
+    It stands last in the training scripts. Python's own end would take torch apart, a tenth of a short run; and threads
+    of a process group may outlive it and abort ("terminate called without an active exception"), which torchrun takes
+    for a failed job.
     """
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        code = code or 128 + 13
-    except OSError:  # a full disk under a redirected output
-        code = code or 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except BrokenPipeError:
+            code = code or 128 + 13
+        except OSError as error:  # a full disk under a redirected output
+            code = code or 1
+            if stream is not sys.stderr and sys.stderr is not None:
+                print(f"error: the output: {error.strerror}; {GO_ON}", file=sys.stderr, flush=True)
     os._exit(code)
 
 

@@ -60,7 +60,8 @@ class Trainer:
 
     A loader is any iterable of `(inputs, targets)`; inputs may be a tensor, or a tuple, list or dict of them.
 
-    `model` may be wrapped for several processes (`parallel.replicate`, `parallel.shard`).
+    `model` may be wrapped for several processes (`parallel.replicate`, `parallel.shard`). On the CPU,
+    `cache_cpu_memory()` beforehand makes the steps of a convolutional network about a quarter shorter.
 
     Args:
         device: where to train; the model's own device by default.
