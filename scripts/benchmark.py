@@ -689,16 +689,16 @@ def save(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Processes of one thread each under torchrun; images a second of training, so that start-up counts for nothing."""
+    """Processes of one thread each under torchrun; images a second of their second epoch: starting counts for nothing."""
     if not torch.distributed.is_available():
         raise Skip("torch.distributed is not available in this build of torch")
-    arguments = ("--dataset", "mnist" if has_mnist(setting) else "digits", "--epochs", 1, "--val-size", 1000, "--quiet")
+    arguments = ("--dataset", "mnist" if has_mnist(setting) else "digits", "--epochs", 2, "--val-size", 1000)
 
     def rate(processes: int, images: int) -> float:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
         return train(setting, *arguments, "--batch-size", images, "--limit-batches", setting.few(19_200, 768) // images,
                      device="cpu", environment={"OMP_NUM_THREADS": "1"}, launcher=launcher if processes else (),
-                     script="train_ddp.py" if processes else "train_mnist.py")["samples_per_second"]
+                     script="train_ddp.py" if processes else "train_mnist.py")["epoch_rates"][-1]
 
     # each run is a process of its own: what would be warmed up is not
     rounds = [[rate(*job) for job in ((2, 128), (1, 128), (0, 128), (2, 512), (1, 512))]
@@ -915,7 +915,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("what").add_argument
     add("--only", action="append", type=section_name, metavar="NAME",
         help=f"{', '.join(SECTIONS)}; may be given several times (default: all)")
-    add("--quick", action="store_true", help="all in small, in about two minutes; figures mean little (default: off)")
+    add("--quick", action="store_true", help="all in small, in a few minutes; figures mean little (default: off)")
     add("--runs", type=options.COUNT, default=5, metavar="N",
         help="pairs of runs of each measurement; seeds of speedrun; at least 7 where percents count (default: 5)")
     add("--long-runs", type=options.COUNT, default=1, metavar="N",
