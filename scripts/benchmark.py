@@ -689,7 +689,7 @@ def save(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Processes of one thread each under torchrun; images a second of their second epoch: starting counts for nothing."""
+    """Processes of one thread each under torchrun; images a second of their second epoch, in which nothing starts."""
     if not torch.distributed.is_available():
         raise Skip("torch.distributed is not available in this build of torch")
     arguments = ("--dataset", "mnist" if has_mnist(setting) else "digits", "--epochs", 2, "--val-size", 1000)
