@@ -141,10 +141,13 @@ def skipped(what: str, peer: str, reason: str) -> dict[str, Any]:
     return {"what": what, "peer": peer, "skipped": reason}
 
 
-def interleaved(runs: int, *contenders: Callable[[], float]) -> list[list[float]]:
-    """What each returned in `runs` rounds in which they take turns, after one round to warm up."""
-    rounds = [[contender() for contender in contenders] for _ in range(runs + 1)]
-    return [list(series) for series in zip(*rounds[1:], strict=True)]
+def interleaved(runs: int, *contenders: Callable[[], float], warm_up: int = 1) -> list[list[float]]:
+    """What each returned in `runs` rounds in which they take turns, after `warm_up` rounds that don't count.
+
+    Contenders that run in processes of their own have nothing to warm up.
+    """
+    rounds = [[contender() for contender in contenders] for _ in range(warm_up + runs)]
+    return [list(series) for series in zip(*rounds[warm_up:], strict=True)]
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:
@@ -512,18 +515,20 @@ def seconds_of_a_step(whose: str, steps: int, repeats: int, data_dir: str, devic
                       precision=tb.pick_precision("auto", place), folder=Path(tempfile.gettempdir()))
     job = make_job(setting, tiny=False, batches=steps)
     job = job._replace(loader=list(job.loader))
-    if whose == "plain":
+    if whose != "plain":
+        tb.cache_cpu_memory()
+    if whose == "ours":
+        schedule = tb.make_schedule("onecycle", job.optimizer, 100_000)
+        work = by_trainer(job, scheduler=schedule, scheduler_interval="step")
+    elif whose == "plain":
         plain = tb.MNISTNet().to(place)
         job = job._replace(model=plain, optimizer=torch.optim.AdamW(plain.parameters(), 1e-3, weight_decay=1e-4),
                            precision="fp32", memory_format=torch.contiguous_format)
-        measure = per_step(functools.partial(by_hand, job), job)
+        work = functools.partial(by_hand, job)
     else:
-        tb.cache_cpu_memory()
-        schedule = tb.make_schedule("onecycle", job.optimizer, 100_000)
-        inputs = job.loader[0][0].contiguous(memory_format=job.memory_format)
-        arithmetic = products(copy.deepcopy(job.model), inputs, job.precision)
-        measure = per_step(by_trainer(job, scheduler=schedule, scheduler_interval="step") if whose == "ours" else
-                           lambda: [arithmetic() for _ in range(steps)], job)
+        once = products(job.model, job.loader[0][0].contiguous(memory_format=job.memory_format), job.precision)
+        work = lambda: [once() for _ in range(steps)]  # noqa: E731
+    measure = per_step(work, job)
     measure()
     for _ in range(repeats):
         yield measure()
@@ -540,8 +545,8 @@ def step(setting: Setting) -> Iterator[dict[str, Any]]:
     def one(whose: str) -> float:
         return statistics.median(alone(setting, "step", whose=whose, **how))
 
-    rounds = [[one(whose) for whose in ("ours", "plain", "products")] for _ in range(setting.few(setting.runs, 1))]
-    ours, peers, arithmetic = (list(series) for series in zip(*rounds, strict=True))
+    contenders = (functools.partial(one, whose) for whose in ("ours", "plain", "products"))
+    ours, peers, arithmetic = interleaved(setting.few(setting.runs, 1), *contenders, warm_up=0)
     what = f"a step of MNISTNet, 128 images, {setting.precision}, channels_last, fused AdamW"
     yield row(what, "plain eager fp32", "as fast", "s", ours, peers, Goal("≥", 2.5), "ours with cache_cpu_memory")
     yield row(f"{what}: rate", "its convolutions and products alone", "reached", "s", ours, arithmetic,
@@ -700,10 +705,9 @@ def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
                      device="cpu", environment={"OMP_NUM_THREADS": "1"}, launcher=launcher if processes else (),
                      script="train_ddp.py" if processes else "train_mnist.py")["epoch_rates"][-1]
 
-    # each run is a process of its own: what would be warmed up is not
-    rounds = [[rate(*job) for job in ((2, 128), (1, 128), (0, 128), (2, 512), (1, 512))]
-              for _ in range(setting.few(min(setting.runs, 3), 1))]
-    two, one, none, larger_two, larger_one = (list(series) for series in zip(*rounds, strict=True))
+    jobs = ((2, 128), (1, 128), (0, 128), (2, 512), (1, 512))
+    two, one, none, larger_two, larger_one = interleaved(
+        setting.few(min(setting.runs, 3), 1), *(functools.partial(rate, *job) for job in jobs), warm_up=0)
     for images, ours, peers in ((128, two, one), (512, larger_two, larger_one)):
         yield row(f"2 processes of one thread, {images} images a batch", "1 process of one thread", "the rate",
                   "images/s", ours, peers, Goal("≥", 1.8), "gloo; the gradient of 871,018 weights is sent at each step")

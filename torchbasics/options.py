@@ -315,16 +315,15 @@ def leave(code: int) -> NoReturn:
     for a failed job.
     """
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except BrokenPipeError:
-            code = code or 128 + 13
-        except OSError as error:  # a full disk under a redirected output
-            code = code or 1
-            if stream is not sys.stderr and sys.stderr is not None:
-                print(f"error: the output: {error.strerror}; {GO_ON}", file=sys.stderr, flush=True)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # stderr is written line by line
+    except BrokenPipeError:
+        code = code or reader_left()
+    except OSError as error:  # a full disk under a redirected output
+        error.filename = "standard output"
+        print(f"error: {one_line(error, 'make room for it')}", file=sys.stderr, flush=True)
+        code = code or 1
     os._exit(code)
 
 
