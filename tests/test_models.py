@@ -197,6 +197,26 @@ class Forward(unittest.TestCase):
         model.eval()
         self.assertTrue(torch.equal(model(torch.ones(1, 1, 28, 28)), model(torch.ones(1, 1, 28, 28))))
 
+    def test_mnist_net_is_its_description(self) -> None:
+        """Convolution, BatchNorm, ReLU, twice, then the pool, by hand: the same values and gradients, to the last bit."""
+        torch.manual_seed(0)
+        model, x = MNISTNet(dropout=0.0), torch.randn(6, 1, 28, 28)
+        layers = [model.block1[i] for i in (0, 1, 3, 4)] + [model.block2[i] for i in (0, 1, 3, 4)]
+        found = self.logits_and_gradients(model, model(x))
+        y = x
+        for i, (convolution, norm) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
+            y = nn.functional.relu(norm(convolution(y)))
+            if i % 2:
+                y = nn.functional.max_pool2d(y, 2)
+        expected = self.logits_and_gradients(model, model.classifier(y.flatten(1)))
+        for one, other in zip(found, expected, strict=True):
+            self.assertTrue(torch.equal(one, other))
+
+    def logits_and_gradients(self, model: nn.Module, logits: torch.Tensor) -> list[torch.Tensor]:
+        targets = torch.arange(logits.shape[0])
+        gradients = torch.autograd.grad(nn.functional.cross_entropy(logits, targets), list(model.parameters()))
+        return [logits.detach(), *gradients]
+
     def test_outputs_are_finite_logits_of_the_right_shape(self) -> None:
         for model, shape, outputs in all_models():
             logits = model(torch.randn(3, *shape))

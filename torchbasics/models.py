@@ -117,10 +117,8 @@ class CNN(nn.Module):
         _check_image_model(num_classes, in_channels, image_size)
         self.in_channels, self.image_size = in_channels, image_size
         self.features = nn.Sequential(
-            *_conv(in_channels, 32),
-            nn.MaxPool2d(2),
-            *_conv(32, 64),
-            nn.MaxPool2d(2),
+            *_conv(in_channels, 32, pool=True),  # (B, 32, 14, 14)
+            *_conv(32, 64, pool=True),  # (B, 64, 7, 7)
         )
         self.classifier = _classifier(64 * (image_size // 4) ** 2, 128, num_classes, dropout)
 
@@ -402,19 +400,24 @@ def _mlp_block(n: int, m: int, dropout: float) -> list[nn.Module]:
     return [nn.Linear(n, m), nn.BatchNorm1d(m), nn.ReLU(), nn.Dropout(dropout)]
 
 
-def _conv(n: int, m: int) -> list[nn.Module]:
-    return [nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), nn.ReLU()]
+def _conv(n: int, m: int, pool: bool = False) -> list[nn.Module]:
+    """Convolution → BatchNorm → ReLU → pool. The last two give the same values in either order: the cheaper is taken."""
+    return [nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), *_pool(pool), nn.ReLU(inplace=True)]
 
 
 def _plain_conv(
     n: int, m: int, kernel: int = 3, stride: int = 1, padding: int = 1, pool: bool = False
 ) -> list[nn.Module]:
     conv = nn.Conv2d(n, m, kernel, stride, padding, bias=False)  # BatchNorm would take a bias away again
-    return [conv, *([nn.MaxPool2d(2)] if pool else []), nn.BatchNorm2d(m), nn.ReLU()]
+    return [conv, *_pool(pool), nn.BatchNorm2d(m), nn.ReLU(inplace=True)]
+
+
+def _pool(pool: bool) -> list[nn.Module]:
+    return [nn.MaxPool2d(2)] if pool else []
 
 
 def _double_conv(n: int, m: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(*_conv(n, m), *_conv(m, m), nn.MaxPool2d(2), nn.Dropout2d(dropout))
+    return nn.Sequential(*_conv(n, m), *_conv(m, m, pool=True), nn.Dropout2d(dropout))
 
 
 def _classifier(features: int, hidden: int, num_classes: int, dropout: float) -> nn.Sequential:
