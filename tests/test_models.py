@@ -198,7 +198,7 @@ class Forward(unittest.TestCase):
         self.assertTrue(torch.equal(model(torch.ones(1, 1, 28, 28)), model(torch.ones(1, 1, 28, 28))))
 
     def test_mnist_net_is_its_description(self) -> None:
-        """Convolution, BatchNorm, ReLU, twice, then the pool, by hand: the same values and gradients, to the last bit."""
+        """Convolution, BatchNorm and ReLU, twice, then the pool, by hand: the same values and gradients, bit by bit."""
         torch.manual_seed(0)
         model, x = MNISTNet(dropout=0.0), torch.randn(6, 1, 28, 28)
         layers = [model.block1[i] for i in (0, 1, 3, 4)] + [model.block2[i] for i in (0, 1, 3, 4)]

@@ -401,7 +401,7 @@ def _mlp_block(n: int, m: int, dropout: float) -> list[nn.Module]:
 
 
 def _conv(n: int, m: int, pool: bool = False) -> list[nn.Module]:
-    """Convolution → BatchNorm → ReLU → pool. The last two give the same values in either order: the cheaper is taken."""
+    """Convolution → BatchNorm → ReLU → pool; the last two give the same values in either order, this one is cheaper."""
     return [nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), *_pool(pool), nn.ReLU(inplace=True)]
 
 
