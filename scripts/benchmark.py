@@ -722,7 +722,7 @@ def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
                   "gloo; the gradient of 871,018 weights is sent at each step")
         yield row(what, "2 trainings of half batches side by side", "the rate", "images/s", ours, free,
                   note=f"these exchange nothing, and are {statistics.median(map(operator.truediv, free, peers)):.2f} "
-                  "times one process: more than that the machine does not allow")
+                  "times one process: so much this machine allows")
     yield row("1 process under torchrun", "plain train_mnist", "as long", "s", [1 / value for value in one],
               [1 / value for value in none], Goal("≤", 1.03), "seconds an image; one thread")
 
