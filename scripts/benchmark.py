@@ -3,9 +3,11 @@
     python scripts/benchmark.py --quick
     python scripts/benchmark.py --only loop --only step --data-dir ./data
 
-Ours and the peer take turns (A B A B …) after one run each to warm up. A ratio is the median of the pairs' ratios or,
-where one side ran less often, the ratio of the medians; the lowest and the highest stand beside it. The goals are those
-for two cores with native bf16 and nothing else running; one that is missed is shown, and is no error.
+Ours and the peer take turns (A B A B …), after one run each to warm up where they share a process; of the long ones,
+`run` and `speedrun`, the peer's come first, and `inference` measures each format once. A ratio is the median of the
+pairs' ratios or, where one side ran less often, the ratio of the medians; the lowest and the highest stand beside it.
+The goals are those for two cores with native bf16 and nothing else running; one that is missed is shown, and is no
+error.
 
 README's table is made from the saved figures of a run:
 
@@ -41,7 +43,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,24 +180,38 @@ def end(process: subprocess.Popen) -> None:
                 process.wait(patience)
 
 
-def child(command: Sequence[str | Path], setting: Setting, codes: Iterable[int] = (0,),
-          environment: dict[str, str] | None = None) -> str:
-    """Its stdout. RuntimeError if it takes too long, or ends by another exit code than `codes`."""
-    limit = setting.few(3 * 3600, 300)
+@contextlib.contextmanager
+def started(command: Sequence[str | Path], setting: Setting, environment: dict[str, str] | None = None
+            ) -> Iterator[subprocess.Popen]:
+    """A process, which has ended afterwards, whatever happens."""
     with subprocess.Popen(
         [str(part) for part in command], cwd=setting.folder, env={**os.environ, **(environment or {})}, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         preexec_fn=die_with_parent()) as process:
         try:
-            out, errors = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{' '.join(map(str, command[1:4]))} … was not done within {limit} s") from None
+            yield process
         finally:
             end(process)
+
+
+def output_of(process: subprocess.Popen, setting: Setting, codes: Iterable[int] = (0,)) -> str:
+    """Its stdout, when it is done. RuntimeError if it takes too long, or ends by another exit code than `codes`."""
+    limit, name = setting.few(3 * 3600, 300), " ".join(process.args[1:4])  # type: ignore[index, arg-type]
+    try:
+        out, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{name} … was not done within {limit} s") from None
     if process.returncode not in codes:
         last = (errors.strip() or out.strip() or "it said nothing").splitlines()[-1]
-        raise RuntimeError(f"{' '.join(map(str, command[1:4]))} … ended with code {process.returncode}: {last}")
+        raise RuntimeError(f"{name} … ended with code {process.returncode}: {last}")
     return out
+
+
+def child(command: Sequence[str | Path], setting: Setting, codes: Iterable[int] = (0,),
+          environment: dict[str, str] | None = None) -> str:
+    """The stdout of a process."""
+    with started(command, setting, environment) as process:
+        return output_of(process, setting, codes)
 
 
 def alone(setting: Setting, contender: str, **how: Any) -> list[Any]:
@@ -213,19 +228,34 @@ def beside(name: str) -> Path:
     return path
 
 
-def train(setting: Setting, *arguments: Any, launcher: Sequence[str] = (), script: str = "train_mnist.py",
-          device: str = "", environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """The result of a run in a fresh process, with its seconds in all, and the images/s of each epoch."""
+@contextlib.contextmanager
+def training(setting: Setting, *arguments: Any, launcher: Sequence[str] = (), script: str = "train_mnist.py",
+             device: str = "", environment: dict[str, str] | None = None) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A run that is started in a fresh process; what is given waits for its result.
+
+    With the result are its seconds in all, and the images/s of each epoch.
+    """
     output = Path(tempfile.mkdtemp(dir=setting.folder)) / "run"
     command = [sys.executable, *launcher, beside(script), "--data-dir", setting.data_dir, "--output", output,
                "--device", device or setting.device, *arguments]
     began = time.perf_counter()
-    out = child(command, setting, environment=environment)
-    seconds = time.perf_counter() - began
-    result = json.loads((output / "run.json").read_text(encoding="utf-8"))["result"]
-    rates = re.findall(r"^ +\d+ .*? ([\d,]+) +[\d.]+(?:  best)?$", out, re.MULTILINE)  # of the table that it prints
-    return result | {"process_seconds": seconds, "output": output,
-                     "epoch_rates": [float(rate.replace(",", "")) for rate in rates]}
+    with started(command, setting, environment) as process:
+
+        def result() -> dict[str, Any]:
+            table = output_of(process, setting)
+            seconds = time.perf_counter() - began
+            told = json.loads((output / "run.json").read_text(encoding="utf-8"))["result"]
+            rates = re.findall(r"^ +\d+ .*? ([\d,]+) +[\d.]+(?:  best)?$", table, re.MULTILINE)
+            return told | {"process_seconds": seconds, "output": output,
+                           "epoch_rates": [float(rate.replace(",", "")) for rate in rates]}
+
+        yield result
+
+
+def train(setting: Setting, *arguments: Any) -> dict[str, Any]:
+    """The result of a run of train_mnist in a fresh process."""
+    with training(setting, *arguments) as result:
+        return result()
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -700,16 +730,21 @@ def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
         raise Skip("torch.distributed is not available in this build of torch")
     arguments = ("--dataset", "mnist" if has_mnist(setting) else "digits", "--epochs", 2, "--val-size", 1000)
 
-    def rate(processes: int, images: int) -> float:
+    def started_with(processes: int, images: int) -> contextlib.AbstractContextManager[Callable[[], dict[str, Any]]]:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-        return train(setting, *arguments, "--batch-size", images, "--limit-batches", setting.few(19_200, 768) // images,
-                     device="cpu", environment={"OMP_NUM_THREADS": "1"}, launcher=launcher if processes else (),
-                     script="train_ddp.py" if processes else "train_mnist.py")["epoch_rates"][-1]
+        return training(
+            setting, *arguments, "--batch-size", images, "--limit-batches", setting.few(19_200, 768) // images,
+            device="cpu", environment={"OMP_NUM_THREADS": "1"}, launcher=launcher if processes else (),
+            script="train_ddp.py" if processes else "train_mnist.py")
+
+    def rate(processes: int, images: int) -> float:
+        with started_with(processes, images) as result:
+            return result()["epoch_rates"][-1]
 
     def side_by_side(images: int) -> float:
         """Two trainings of half batches at once that exchange nothing: what the machine itself allows."""
-        with ThreadPoolExecutor(2) as pool:
-            return sum(pool.map(lambda half: rate(0, half), (images // 2, images // 2)))
+        with started_with(0, images // 2) as one, started_with(0, images // 2) as other:
+            return one()["epoch_rates"][-1] + other()["epoch_rates"][-1]
 
     sizes = (128, 512)
     jobs = [functools.partial(rate, *job) for job in ((2, 128), (1, 128), (0, 128), (2, 512), (1, 512))]

@@ -157,10 +157,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_strategy(parser: options.Parser, args: argparse.Namespace) -> None:
     if args.strategy == "fsdp":
-        for name, value in (("--ema", args.ema), ("--sync-bn", args.sync_bn), ("--bf16-gradients", args.bf16_gradients),
+        for name, value in (("--sync-bn", args.sync_bn), ("--bf16-gradients", args.bf16_gradients),
                             ("--compile", args.compile), ("--precision fp16", args.precision == "fp16")):
             if value:
                 parser.error(f"{name} does not go with --strategy fsdp; use --strategy ddp or leave it out")
+        if args.ema:  # perhaps from a preset
+            parser.error("--ema does not go with --strategy fsdp; use --strategy ddp or --ema 0")
 
 
 def main(argv: list[str] | None = None) -> int:

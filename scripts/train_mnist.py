@@ -158,7 +158,7 @@ def open_run(
 ) -> tuple[argparse.Namespace, tb.RunDirectory | None]:
     """The options, of a resumed run its own; and the run's directory, unless that is chosen or replaced later."""
     if args.dry_run:
-        args.epochs, args.limit_batches = 1, 2
+        args.epochs, args.limit_batches, args.warmup_epochs = 1, 2, min(args.warmup_epochs, 1)
         args.output = stack.enter_context(tempfile.TemporaryDirectory())
     if not args.output or args.overwrite:
         return args, None
@@ -227,7 +227,9 @@ def train_ensemble(args: argparse.Namespace, run: tb.RunDirectory | None, stack:
     run.write_info(result=result | {"total_seconds": time.monotonic() - began})
     alone = "  ".join(f"{member['test_accuracy']:.2%}" for member in members)
     print(f"\nensemble of {args.ensemble}: test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f}) on "
-          f"{result['dataset']}; alone {alone}\nfiles:    {options.printable(run.path)}")
+          f"{result['dataset']}; alone {alone}")
+    if not args.dry_run:
+        print(f"files:    {options.printable(run.path)}")
     if run.info["notice"]:
         print(options.printable(run.info["notice"]))
     return 0
@@ -238,10 +240,12 @@ def train_member(args: argparse.Namespace, folder: Path, seed: int) -> dict[str,
     described = folder / "run.json"
     begun = bool(args.resume) and described.is_file()
     if not (begun and "result" in json.loads(described.read_text(encoding="utf-8"))):
-        changes = {"ensemble": 1, "seed": seed, "output": str(folder), "resume": begun, "dry_run": False}
+        changes = {"ensemble": 1, "seed": seed, "output": str(folder), "resume": begun}
         free = ["--data-dir", args.data_dir, *(["--quiet"] if args.quiet else [])]
         with contextlib.ExitStack() as stack:
-            member, run = open_run(argparse.Namespace(**vars(args) | changes), free, stack)
+            member, run = argparse.Namespace(**vars(args) | changes), None
+            if not args.dry_run:  # whose folder is chosen already
+                member, run = open_run(member, free, stack)
             train(member, run, stack)
     return json.loads(described.read_text(encoding="utf-8"))["result"]
 

@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
@@ -353,34 +352,42 @@ class OtherSections(WithSetting):
                  "   15      0.0216     99.37%    0.0077   99.72%  1.2e-08     4,012     13.7\n\nbest epoch 15 of 15\n")
         commands: list[list[str]] = []
 
-        def child(command: Any, setting: Any, environment: Any = None) -> str:
+        @contextlib.contextmanager
+        def started(command: Any, setting: Any, environment: Any = None) -> Iterator[str]:
             commands.append([str(part) for part in command])
             output = Path(commands[-1][commands[-1].index("--output") + 1])
             output.mkdir()
             (output / "run.json").write_text(json.dumps({"result": {"test_accuracy": 0.5}}), encoding="utf-8")
-            return table
+            yield table
 
-        self.patch(child=child)
-        found = script.train(self.setting, "--seed", 3, launcher=("-m", "x"))
+        self.patch(started=started, output_of=lambda process, _: process)
+        with script.training(self.setting, "--seed", 3, launcher=("-m", "x")) as result:
+            found = result()
         self.assertEqual((found["epoch_rates"], found["test_accuracy"]), ([2747.0, 4012.0], 0.5))
         self.assertEqual(commands[0][1:4], ["-m", "x", str(ROOT / "scripts" / "train_mnist.py")])
 
     def test_ddp(self) -> None:
         rates = {"--nproc-per-node=2": 1900.0, "--nproc-per-node=1": 1000.0, "": 1020.0}
-        together = threading.Barrier(2, timeout=10)
+        running: list[int] = []
 
-        def train(setting: Any, *arguments: Any, launcher: Any, script: str, environment: Any, device: str) -> Any:
+        @contextlib.contextmanager
+        def training(setting: Any, *arguments: Any, launcher: Any, script: str, environment: Any, device: str) -> Any:
             self.assertEqual((environment, device), ({"OMP_NUM_THREADS": "1"}, "cpu"))
             self.assertEqual(script, "train_ddp.py" if launcher else "train_mnist.py")
             images = arguments[arguments.index("--batch-size") + 1]
             self.assertEqual(images * arguments[arguments.index("--limit-batches") + 1], 768 // images * images)
-            if images in (64, 256):
-                together.wait()  # one alone would not be side by side
-                return {"epoch_rates": [7.0, 1000.0]}
             rate = rates[launcher[-1] if launcher else ""]
-            return {"epoch_rates": [7.0, rate if images == 128 else rate ** 0.5]}  # of the first one is warming up
 
-        self.patch(train=train)
+            def result() -> dict[str, Any]:
+                self.assertEqual(running, [images, images] if images in (64, 256) else [images])  # at once, or alone
+                value = 1000.0 if images in (64, 256) else rate if images == 128 else rate ** 0.5
+                return {"epoch_rates": [7.0, value]}  # of the first one is warming up
+
+            running.append(images)
+            yield result
+            running.remove(images)
+
+        self.patch(training=training)
         two, of_free, larger, larger_of_free, one = script.ddp(self.setting)
         self.assertEqual((two["ratio"]["median"], two["goal"]["met"]), (1.9, True))
         self.assertAlmostEqual(larger["ratio"]["median"], 1.9 ** 0.5)

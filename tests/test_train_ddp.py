@@ -327,6 +327,13 @@ class ManyProcesses(DdpCase):
                 )
             self.assertRegex(first.out, f"continue: torchrun --nproc-per-node={count} ")
 
+    def test_an_ensemble_is_not_gone_on_with_as_one_model(self) -> None:
+        folder = self.folder / "two"
+        self.mnist(*SMALL, "--epochs", 1, "--ensemble", 2, "--output", folder)
+        before = (folder / "run.json").read_bytes()
+        self.assert_refused(self.main("--resume", folder), r"holds an ensemble.*--resume \S+member-1")
+        self.assertEqual((folder / "run.json").read_bytes(), before)
+
     def test_resumed_by_others(self) -> None:
         """Two processes are stopped, one of them by a signal; one, two or three go on, and train_mnist."""
         alone = self.small("alone")

@@ -320,6 +320,10 @@ class ARun(ScriptCase):
         self.assertEqual(list(self.folder.iterdir()), [])
         self.assertNotIn("--resume", done.out)
 
+    def test_dry_run_of_a_recipe_with_a_long_warm_up(self) -> None:
+        done = self.main(*self.SMALL, "--dry-run", "--epochs", 15, "--warmup-epochs", 2)
+        self.assertEqual(done.code, 0, done.err)
+
     def test_it_keeps_the_memory_of_each_step_for_the_next(self) -> None:
         with mock.patch.object(script.tb, "cache_cpu_memory") as called:
             self.assertEqual(self.main(*self.SMALL, "--limit-batches", 1, "--dry-run").code, 0)
@@ -456,6 +460,16 @@ class Ensemble(ScriptCase):
         self.assertEqual(results[0]["test_loss"], results[1]["test_loss"])
         self.assertEqual(results[0]["confusion"], results[1]["confusion"])
 
+    def test_one_that_overwrote_goes_on_too(self) -> None:
+        """What was asked for at its start must not delete a member's checkpoints at its resume."""
+        options = (*self.SMALL, "--ensemble", 2, "--overwrite")
+        self.assertEqual(self.main(*options, "--output", self.folder / "cut", "--epochs", 1).code, 0)
+        with mock.patch.object(script.Report, "on_step_end", self.killer(at=7 * 2 + 3)):
+            self.assertEqual(self.main(*options, "--output", self.folder / "cut").code, 143)
+        done = self.main("--resume", self.folder / "cut")
+        self.assertEqual(done.code, 0, done.err)
+        self.assertIn("resumed from step-00000003.pt", done.out)
+
     def killer(self, at: int) -> Callable[[Any, Any], None]:
         steps: list[int] = []
 
@@ -474,8 +488,13 @@ class Ensemble(ScriptCase):
         self.assertEqual([self.info(self.folder / "run" / f"member-{i}")["seed"] for i in (1, 2)], [2, 3])
 
     def test_dry_run_leaves_nothing(self) -> None:
-        done = self.main(*self.SMALL, "--ensemble", 2, "--dry-run")
+        with mock.patch.object(script, "make_loaders", wraps=script.make_loaders) as made:
+            done = self.main(*self.SMALL, "--ensemble", 2, "--dry-run")
         self.assertEqual((done.code, list(self.folder.iterdir())), (0, []), done.err)
+        limits = {(call.kwargs["limit_batches"], call.kwargs["limit_evaluation"]) for call in made.call_args_list}
+        self.assertEqual(limits, {(2, 2)})
+        for word in ("continue:", "files:", "weights:", tempfile.gettempdir()):
+            self.assertNotIn(word, done.out)
 
 
 class NoNetwork(ScriptCase):

@@ -521,6 +521,40 @@ class Averages(TrainerCase):
             )
 
 
+class OneSampleLeft(TrainerCase):
+    """BatchNorm1d has no statistics of a single sample."""
+
+    def test_at_the_end_of_an_epoch_it_is_trained_on_with_the_statistics_of_before(self) -> None:
+        model, twin, batches = network(norm=True), network(norm=True), classes(17, 8)
+        Trainer(model, nn.CrossEntropyLoss(), sgd(model)).fit(batches, num_epochs=1, verbose=False)
+        optimizer = sgd(twin)
+        for inputs, targets in batches:
+            twin[1].train(len(targets) > 1)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(twin(inputs), targets).backward()
+            optimizer.step()
+        self.assert_same_weights(model, twin)
+        self.assertTrue(model[1].training)
+
+    def test_so_it_is_within_a_window(self) -> None:
+        model, twin, batches = network(norm=True), network(norm=True), classes(17, 8)
+        Trainer(model, nn.CrossEntropyLoss(), sgd(model), accumulate=3).fit(batches, num_epochs=1, verbose=False)
+        optimizer = sgd(twin)
+        for inputs, targets in batches:
+            twin[1].train(len(targets) > 1)
+            (nn.functional.cross_entropy(twin(inputs), targets) * (len(targets) / 17)).backward()
+        optimizer.step()
+        self.assert_same_weights(model, twin)
+
+    def test_a_batch_size_of_one_is_refused_by_torch_at_once(self) -> None:
+        model = network(norm=True)
+        for accumulate in (1, 2):
+            with self.assertRaisesRegex(ValueError, "more than 1 value"):
+                Trainer(model, nn.CrossEntropyLoss(), sgd(model), accumulate=accumulate).fit(
+                    classes(4, 1), num_epochs=1, verbose=False
+                )
+
+
 class NonFinite(TrainerCase):
     def test_the_module_that_made_it_is_named_and_nothing_is_changed_by_looking(self) -> None:
         class Divide(nn.Module):
@@ -551,6 +585,19 @@ class NonFinite(TrainerCase):
             self.assertTrue(torch.equal(parameter, twin.get_parameter(name)))
         self.assertEqual([step for step, _ in trainer.checkpoints.steps()], [1, 2, 3])
         self.assertFalse((self.folder / "best.pt").exists())
+
+    def test_after_it_the_same_trainer_goes_on_from_the_last_checkpoint(self) -> None:
+        """The gradient of the bad step, NaN, must not enter the next one."""
+        model = network()
+        trainer = Trainer(model, nn.CrossEntropyLoss(), sgd(model), checkpoint_dir=self.folder)
+        trainer.fit(classes(64, 8), num_epochs=1, verbose=False)
+        with self.assertRaises(NonFiniteLoss):
+            trainer.fit(self.poisoned(), num_epochs=1, verbose=False)
+        trainer.resume()
+        trainer.fit(classes(64, 8), num_epochs=3, verbose=False)  # of which one is done
+        twin = network()
+        Trainer(twin, nn.CrossEntropyLoss(), sgd(twin)).fit(classes(64, 8), num_epochs=3, verbose=False)
+        self.assert_same_weights(model, twin)
 
     def test_stop_in_a_later_epoch_and_a_window(self) -> None:
         good, calls = classes(48, 8), []

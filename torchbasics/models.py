@@ -402,14 +402,14 @@ def _mlp_block(n: int, m: int, dropout: float) -> list[nn.Module]:
 
 def _conv(n: int, m: int, pool: bool = False) -> list[nn.Module]:
     """Convolution → BatchNorm → ReLU → pool; the last two give the same values in either order, this one is cheaper."""
-    return [nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), *_pool(pool), nn.ReLU(inplace=True)]
+    return [nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), *_pool(pool), nn.ReLU()]
 
 
 def _plain_conv(
     n: int, m: int, kernel: int = 3, stride: int = 1, padding: int = 1, pool: bool = False
 ) -> list[nn.Module]:
     conv = nn.Conv2d(n, m, kernel, stride, padding, bias=False)  # BatchNorm would take a bias away again
-    return [conv, *_pool(pool), nn.BatchNorm2d(m), nn.ReLU(inplace=True)]
+    return [conv, *_pool(pool), nn.BatchNorm2d(m), nn.ReLU()]
 
 
 def _pool(pool: bool) -> list[nn.Module]:

@@ -239,6 +239,11 @@ def recorded_options(
             f"{run.path / 'run.json'}: holds the options of another version of this script; "
             "resume with that one, or start a new run"
         )
+    if recorded.get("ensemble", 1) != 1 and "ensemble" not in vars(args):
+        raise ValueError(
+            f"{run.path}: holds an ensemble; continue it with train_mnist, or one of its members here: "
+            f"--resume {run.path / 'member-1'}"
+        )
     recorded = {name: value for name, value in recorded.items() if name in vars(args)}
     parser.set_defaults(**recorded)
     merged = parser.parse_args(argv)
@@ -250,7 +255,7 @@ def recorded_options(
                 f"--{name.replace('_', '-')} {getattr(merged, name)} differs from the run's {value}; "
                 "leave it out to continue, or start a new run"
             )
-    merged.output, merged.resume = args.output, True
+    merged.output, merged.resume, merged.overwrite = args.output, True, False  # what is there is gone on with
     return merged
 
 

@@ -92,12 +92,15 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(type(model), "set_requires_gradient_sync")
 
 
-def part_of_step(model: nn.Module, samples: int, last: bool) -> contextlib.AbstractContextManager:
+def part_of_step(model: nn.Module, samples: int, first: bool, last: bool) -> contextlib.AbstractContextManager:
     """Around forward and backward of a part of a step: gradients are exchanged after the `last` part only.
 
-    `samples` are those of this process; without others it does nothing.
+    `samples` are those of this process. Without others there is one thing to do: a single sample, left over at an
+    epoch's end, is trained on with kept statistics; as the epoch's `first` it is torch's error, for all would be so.
     """
-    return _part_of_step(model, samples, last) if _is_parallel() else _NOTHING
+    if _is_parallel():
+        return _part_of_step(model, samples, last)
+    return kept_statistics(model, samples) if samples == 1 and not first else _NOTHING
 
 
 _NOTHING = contextlib.nullcontext()
@@ -124,7 +127,7 @@ def kept_statistics(model: nn.Module, samples: int) -> Iterator[None]:
 
     Of no sample it would learn NaN, and of one BatchNorm1d refuses to. SyncBatchNorm knows better.
     """
-    if samples > 1 or not _is_parallel():
+    if samples > 1:
         yield
         return
     kinds = BatchNorm if samples == 0 else nn.BatchNorm1d

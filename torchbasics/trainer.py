@@ -58,7 +58,9 @@ class NonFiniteLoss(RuntimeError):
 class Trainer:
     """Trains `model` with `optimizer` to lower `criterion(outputs, targets)`, a mean over the samples of a batch.
 
-    A loader is any iterable of `(inputs, targets)`; inputs may be a tensor, or a tuple, list or dict of them.
+    A loader is any iterable of `(inputs, targets)`; inputs may be a tensor, or a tuple, list or dict of them. A loss
+    whose mean is not over samples (class weights, ignored targets) is averaged over batches by their samples all the
+    same: micro-batches and processes then change it a little.
 
     `model` may be wrapped for several processes (`parallel.replicate`, `parallel.shard`). On the CPU,
     `cache_cpu_memory()` beforehand makes the steps of a convolutional network about a quarter shorter.
@@ -211,6 +213,7 @@ class Trainer:
     def _train_epoch(self, batches: Iterator) -> tuple[float, float | None]:
         self.model.train()
         self._settle_graph()
+        self._clear_gradients()  # of a step that was broken off, or the caller's own
         for window, samples in self._windows(batches):
             stepped = self._train_window(window, samples)
             self.batch += len(window)
@@ -251,7 +254,8 @@ class Trainer:
         """Forward → loss → backward of each batch."""
         results = []
         for i, (inputs, targets) in enumerate(window, start=1):
-            with parallel.part_of_step(self.model, targets.shape[0], last=i == len(window)):
+            first = self.batch == 0 and i == 1
+            with parallel.part_of_step(self.model, targets.shape[0], first=first, last=i == len(window)):
                 loss, result = forward(self.model, self.criterion, inputs, targets, self.precision)
                 # DDP takes the mean over the processes
                 share = result.samples * distributed.world_size() / max(samples, 1)
