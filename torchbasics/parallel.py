@@ -95,8 +95,8 @@ def is_sharded(model: nn.Module) -> bool:
 def part_of_step(model: nn.Module, samples: int, first: bool, last: bool) -> contextlib.AbstractContextManager:
     """Around forward and backward of a part of a step: gradients are exchanged after the `last` part only.
 
-    `samples` are those of this process. Without others there is one thing to do: a single sample, left over at an
-    epoch's end, is trained on with kept statistics; as the epoch's `first` it is torch's error, for all would be so.
+    `samples` are those of this process. Without others there is one thing to do: a single sample that is left over is
+    trained on with kept statistics; as the epoch's `first` it stays torch's error, for then all batches are like it.
     """
     if _is_parallel():
         return _part_of_step(model, samples, last)

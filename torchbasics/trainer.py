@@ -213,7 +213,7 @@ class Trainer:
     def _train_epoch(self, batches: Iterator) -> tuple[float, float | None]:
         self.model.train()
         self._settle_graph()
-        self._clear_gradients()  # of a step that was broken off, or the caller's own
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that was broken off, or the caller's own
         for window, samples in self._windows(batches):
             stepped = self._train_window(window, samples)
             self.batch += len(window)
@@ -244,7 +244,7 @@ class Trainer:
             if self._optimizer_step():
                 self._follow_step()
                 return True
-        self._clear_gradients()
+        self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=False):  # BatchNorm has seen the bad batch
             buffer.copy_(before)
         self.skipped += 1
@@ -283,14 +283,8 @@ class Trainer:
         self.scaler.update()
         if self.scaler.get_scale() < scale:  # it lowers its scale only when it skipped the step
             return False
-        self._clear_gradients()
+        self.optimizer.zero_grad(set_to_none=True)
         return True
-
-    def _clear_gradients(self) -> None:
-        """What optimizer.zero_grad does; its note to profilers alone takes as long as a layer of a small network."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
 
     def _follow_step(self) -> None:
         """What follows a step that was taken: its count → schedule → averages."""
