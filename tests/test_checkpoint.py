@@ -931,6 +931,21 @@ class Weights(unittest.TestCase):
         state = {"module.weight": torch.ones(1), "weight": torch.zeros(1)}
         self.assertEqual(checkpoint._without(("module",), state), state)
 
+    def test_a_module_may_have_a_state_of_its_own(self) -> None:
+        class Counter(nn.Linear):
+            count = 0
+
+            def get_extra_state(self) -> torch.Tensor:
+                return torch.tensor(self.count)
+
+            def set_extra_state(self, state: torch.Tensor) -> None:
+                self.count = int(state)
+
+        source, target = nn.Sequential(Counter(2, 2)), Compiled(nn.Sequential(Counter(2, 2)))
+        source[0].count = 7
+        load_weights(target, bare_state_dict(source))
+        self.assertEqual(bare_model(target)[0].count, 7)
+
     def test_differences_are_named_and_nothing_is_loaded(self) -> None:
         source, target = network(), network()
         before = [tensor.clone() for tensor in target.state_dict().values()]

@@ -19,7 +19,7 @@ MAY_IMPORT = {
         "parallel",
     },
     "cuda_graph": {"evaluation"},
-    "evaluation": {"device", "distributed"},
+    "evaluation": {"device", "distributed", "position"},
     "parallel": {"checkpoint"},
     # what the training scripts share stands on all of the rest
     "loaders": {"data", "mnist"},

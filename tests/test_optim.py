@@ -270,6 +270,20 @@ class Averages(unittest.TestCase):
             )
             self.assertFalse(torch.equal(averages.module.state_dict()[name], model.state_dict()[name]), name)
 
+    def test_whole_numbers_and_masks_are_the_models(self) -> None:
+        model = nn.Linear(3, 2)
+        model.register_buffer("index", torch.arange(512))
+        model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+        model.register_buffer("mean", torch.zeros(2))
+        averages = averaged_copy(model, 0.9)
+        for _ in range(4):
+            model.mean += 1
+            averages.update_parameters(model)
+        self.assertTrue(torch.equal(averages.module.index, torch.arange(512)))
+        self.assertEqual(averages.module.mask.tolist(), [0.0, -math.inf])
+        expected = ((1.0 * 0.9 + 2 * 0.1) * 0.9 + 3 * 0.1) * 0.9 + 4 * 0.1
+        torch.testing.assert_close(averages.module.mean, torch.full((2,), expected))
+
     def test_it_is_a_copy(self) -> None:
         model = nn.Linear(1, 1)
         before = model.weight.detach().clone()

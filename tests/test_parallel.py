@@ -82,7 +82,7 @@ def wrapped(model: nn.Module, strategy: str, **options: Any) -> nn.Module:
 
 def trainer_of(strategy: str, lr: float = 0.1, norm: bool = False, **options: Any) -> Trainer:
     """SGD with momentum, whose rate sinks at each step."""
-    model = wrapped(network(norm), strategy, static=options.get("accumulate", 1) == 1)
+    model = wrapped(network(norm), strategy, **({} if "accumulate" in options else {"static": True}))
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
     return Trainer(model, nn.CrossEntropyLoss(), optimizer, CPU, schedule, scheduler_interval="step", **options)

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, TensorDataset
 
 from torchbasics.checkpoint import CheckpointError, load_checkpoint
 from torchbasics.data import RandomAffine, SeededImageFolder, TensorLoader, folder_loader
 from torchbasics.early_stopping import EarlyStopping
 from torchbasics.optim import averaged_copy, make_schedule
+from torchbasics.position import LoaderPosition
 from torchbasics.trainer import Interrupted, Trainer
 
 EPOCHS = 3
@@ -264,6 +265,41 @@ class Loaders(ResumeCase):
             )
 
         self.check(build, [("batch", 4)], [("epoch", 1)], [("val", 2)])
+
+    def test_workers_that_outlive_an_epoch(self) -> None:
+        def build(name: str) -> tuple:
+            data = TensorDataset(*self.floats())
+            loader = DataLoader(data, 8, shuffle=True, num_workers=1, persistent_workers=True)
+            return self.trainer(name), loader, None
+
+        self.check(build, [("epoch", 1)], [("batch", 104)])
+
+    def test_generators_by_any_name(self) -> None:
+        class Shuffled(torch.utils.data.Sampler):
+            def __init__(self, count: int) -> None:
+                self.count, self.rng = count, torch.Generator().manual_seed(4)
+
+            def __len__(self) -> int:
+                return self.count
+
+            def __iter__(self) -> Iterator[int]:
+                return iter(torch.randperm(self.count, generator=self.rng).tolist())
+
+        def build(name: str) -> tuple:
+            data = TensorDataset(*self.floats())
+            return self.trainer(name), DataLoader(data, 8, sampler=Shuffled(len(data))), None
+
+        self.check(build, [("batch", 3)], [("epoch", 1)])
+
+    def test_a_batch_sampler_is_told_the_epoch(self) -> None:
+        """Through the sampler inside it, which else gives the same order in each."""
+        data = TensorDataset(torch.arange(12), torch.zeros(12))
+        sampler = DistributedSampler(data, 1, 0)
+        position = LoaderPosition(torch.device("cpu"))
+        loader = DataLoader(data, batch_sampler=BatchSampler(sampler, 12, False))
+        orders = [next(position.batches(loader, epoch, 0))[0].tolist() for epoch in (0, 1, 0)]
+        self.assertNotEqual(orders[0], orders[1])
+        self.assertEqual(orders[0], orders[2])
 
     def test_any_iterable(self) -> None:
         def build(name: str) -> tuple:

@@ -17,16 +17,18 @@ import tempfile
 import unittest
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchbasics.checkpoint import CheckpointError, load_checkpoint
+from torchbasics.data import RandomAffine, TensorLoader
 from torchbasics.early_stopping import EarlyStopping
 from torchbasics.evaluation import compute_accuracy, evaluate, predict
 from torchbasics.optim import averaged_copy
@@ -318,6 +320,31 @@ class Means(TrainerCase):
             ]
         )
 
+    def test_one_score_and_sequences_have_none(self) -> None:
+        """The largest of one score says nothing; (B, T, V) is no (B, V, T)."""
+        targets = torch.arange(8) % 2
+        binary = nn.Linear(3, 1)
+        loss = lambda outputs, y: nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], y.float())  # noqa: E731
+        self.assertIsNone(Trainer(binary, loss, sgd(binary)).validate([(torch.randn(8, 3), targets)])[1])
+        sequence = nn.Linear(3, 11)
+        loss = lambda outputs, y: nn.functional.cross_entropy(outputs.flatten(0, 1), y.flatten())  # noqa: E731
+        batch = (torch.randn(4, 5, 3), torch.randint(0, 11, (4, 5)))
+        history = Trainer(sequence, loss, sgd(sequence)).fit([batch], [batch], 1, verbose=False)
+        self.assertEqual((history["train_acc"], history["val_acc"]), ([None], [None]))
+
+    def test_losses_of_one_element_and_the_mean_per_sample_of_a_divergence(self) -> None:
+        batches = classes(16, 8)
+        plain = nn.functional.cross_entropy
+        for criterion in (lambda outputs, y: plain(outputs, y).view(1), nn.CrossEntropyLoss()):
+            model = network()
+            means = Trainer(model, criterion, sgd(model)).validate(batches)
+            self.assertAlmostEqual(means[0], plain(model(whole(batches)[0]), whole(batches)[1]).item(), places=6)
+        model = nn.Sequential(nn.Linear(6, 3), nn.LogSoftmax(1))
+        wanted = torch.full((16, 3), 1 / 3)
+        divergence = nn.KLDivLoss(reduction="batchmean")
+        mean, _ = Trainer(model, divergence, sgd(model)).validate([(whole(batches)[0], wanted)])
+        self.assertAlmostEqual(mean, divergence(model(whole(batches)[0]), wanted).item(), places=6)
+
     def test_segmentation_counts_pixels(self) -> None:
         model = nn.Conv2d(1, 3, 1)
         inputs, targets = torch.randn(5, 1, 4, 4), torch.randint(0, 3, (5, 4, 4))
@@ -360,6 +387,28 @@ class Means(TrainerCase):
         Trainer(plain, nn.CrossEntropyLoss(), sgd(plain)).fit(batches, num_epochs=1, verbose=False)
         self.assert_same_weights(models[1].layer, plain)
 
+    def test_named_tuples_and_packed_sequences_arrive_as_what_they_are(self) -> None:
+        class Pair(NamedTuple):
+            left: Tensor
+            right: Tensor
+
+        class Rnn(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.ModuleList([nn.GRU(2, 3), nn.Linear(4, 3)])
+
+            def forward(self, given: Any) -> Tensor:
+                if isinstance(given, PackedSequence):
+                    return self.layers[0](given)[1][0]
+                return self.layers[1](torch.cat([given.left, given.right], 1))
+
+        packed = pack_sequence([torch.randn(3, 2), torch.randn(5, 2)], enforce_sorted=False)
+        pair = Pair(torch.randn(2, 1), torch.randn(2, 3))
+        model, targets = Rnn(), torch.tensor([0, 2])
+        expected = sum(nn.functional.cross_entropy(model(inputs), targets).item() for inputs in (packed, pair)) / 2
+        loss, _ = Trainer(model, nn.CrossEntropyLoss(), sgd(model)).validate([(packed, targets), (pair, targets)])
+        self.assertAlmostEqual(loss, expected, places=6)
+
 
 class Precision(TrainerCase):
     def seen_by_criterion(self, precision: str) -> tuple[list, list]:
@@ -386,6 +435,28 @@ class Precision(TrainerCase):
             inside, given = self.seen_by_criterion(precision)
             self.assertEqual(set(inside), {dtype}, precision)
             self.assertEqual(set(given), {torch.float32}, precision)
+
+    def test_so_it_does_of_several_outputs_as_in_autocast(self) -> None:
+        class Two(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(1)
+                self.layer = nn.Linear(6, 3)
+
+            def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+                return {"logits": self.layer(inputs)}
+
+        (inputs, targets), *_ = classes(8, 8)
+        for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            model = Two()
+            with torch.autocast("cpu", dtype):
+                outputs = model(inputs)["logits"]
+            self.assertEqual(outputs.dtype, dtype)
+            expected = nn.functional.cross_entropy(outputs.float(), targets).item()
+            criterion = lambda outputs, y: nn.functional.cross_entropy(outputs["logits"], y)  # noqa: E731
+            trainer = Trainer(model, criterion, sgd(model), precision=precision)
+            self.assertEqual(trainer.validate([(inputs, targets)])[0], expected)
+            self.assertEqual(trainer.train_one_epoch([(inputs, targets)])[0], expected)
 
     def test_bf16_equals_a_plain_autocast_loop(self) -> None:
         mine, other = network(), network()
@@ -545,6 +616,22 @@ class OneSampleLeft(TrainerCase):
             (nn.functional.cross_entropy(twin(inputs), targets) * (len(targets) / 17)).backward()
         optimizer.step()
         self.assert_same_weights(model, twin)
+
+    def test_where_one_has_statistics_they_are_learnt(self) -> None:
+        """Over its length, of BatchNorm1d after a convolution: as torch alone does it, in batches of one too."""
+        for sizes in ([4, 4, 1], [1, 1, 1]):
+            twins = []
+            for _ in range(2):
+                torch.manual_seed(1)
+                twins.append(nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(16, 3)))
+            batches = [(torch.randn(size, 2, 6), torch.randint(0, 3, (size,))) for size in sizes]
+            Trainer(twins[0], nn.CrossEntropyLoss(), sgd(twins[0])).fit(batches, num_epochs=1, verbose=False)
+            optimizer = sgd(twins[1])
+            for inputs, targets in batches:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(twins[1](inputs), targets).backward()
+                optimizer.step()
+            self.assert_same_weights(*twins)
 
     def test_a_batch_size_of_one_is_refused_by_torch_at_once(self) -> None:
         model = network(norm=True)
@@ -920,6 +1007,33 @@ class ChangesNoWeight(TrainerCase):
         }.items():
             with self.subTest(name):
                 self.assert_same_tensors(self.weights(**options), plain)
+
+    def test_validation_may_share_the_generator_of_the_training_loader(self) -> None:
+        found = []
+        for validate_in_between in (False, True):
+            generator, model = torch.Generator().manual_seed(3), network()
+            train, val = (
+                DataLoader(TensorDataset(*whole(classes(seed=seed))), 8, shuffle=True, generator=generator)
+                for seed in (0, 1)
+            )
+            hooks = [lambda t, val=val: t.validate(val)] if validate_in_between else []
+            trainer = Trainer(model, nn.CrossEntropyLoss(), sgd(model), on_step_end=hooks)
+            trainer.fit(train, val if validate_in_between else None, 3, verbose=False)
+            found.append(model.state_dict())
+        self.assert_same_tensors(*found)
+
+    def test_validation_may_use_the_training_loader_within_its_epoch(self) -> None:
+        found = []
+        for hooks in ([], [lambda t: t.validate(t.loader)]):
+            model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+            nn.init.zeros_(model[1].weight)
+            nn.init.zeros_(model[1].bias)
+            images = torch.arange(16 * 64, dtype=torch.uint8).view(16, 1, 8, 8)
+            trainer = Trainer(model, nn.CrossEntropyLoss(), sgd(model), on_step_end=hooks)
+            trainer.loader = TensorLoader(images, torch.arange(16) % 3, 4, shuffle=True, augment=RandomAffine())
+            trainer.fit(trainer.loader, None, 2, verbose=False)
+            found.append(model.state_dict())
+        self.assert_same_tensors(*found)
 
     def test_losses_do_not_depend_on_when_they_are_read(self) -> None:
         histories = []
@@ -1330,6 +1444,63 @@ class WhatAReviewFound(unittest.TestCase):
         trainer._finite_now = lambda results, window: True  # as on an accelerator, where losses are read later
         with self.assertRaisesRegex(NonFiniteLoss, "batch 2"):
             trainer.fit(self.batches(1.0, math.nan, 1.0), None, 1, verbose=False)
+
+    def test_a_model_that_takes_no_empty_batch_is_told_how_to(self) -> None:
+        class Viewing(nn.Linear):
+            def forward(self, inputs: Tensor) -> Tensor:
+                return super().forward(inputs.view(len(inputs), -1))
+
+        trainer, (inputs, targets) = self.trainer(Viewing(4, 2)), self.batches(1.0)[0]
+        for loader in ([(inputs[:0], targets[:0])], [(inputs, targets), (inputs[:0], targets[:0])]):
+            with self.assertRaisesRegex(RuntimeError, r"takes? a batch of no samples.*x.flatten\(1\)"):
+                trainer.train_one_epoch(loader)
+        with self.assertRaisesRegex(RuntimeError, "^(addmm: )?mat1 and mat2"):  # any other error is torch's own
+            trainer.train_one_epoch([(inputs[:, :3], targets)])
+
+    def test_an_infinity_that_is_meant_is_saved_and_resumed(self) -> None:
+        """A mask; a running statistic that became infinite is still refused."""
+        for persistent in (False, True):
+            with tempfile.TemporaryDirectory() as folder, self.subTest(persistent=persistent):
+                trainers = []
+                for _ in range(2):
+                    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+                    model.register_buffer("mask", torch.tensor([0.0, -math.inf]), persistent=persistent)
+                    trainers.append(self.trainer(model, checkpoint_dir=folder, averages=averaged_copy(model, 0.9)))
+                trainers[0].fit(self.batches(1.0, 2.0, 3.0), None, 2, verbose=False)
+                self.assertTrue(trainers[1].resume())
+                for trainer in trainers:
+                    self.assertEqual(trainer.evaluated_model.mask.tolist(), [0.0, -math.inf])
+                trainers[1].model[1].running_mean[0] = math.inf
+                with self.assertRaisesRegex(NonFiniteLoss, "a running statistic is NaN or infinite"):
+                    trainers[1].save()
+
+    def test_parameters_of_the_criterion_are_saved_and_resumed(self) -> None:
+        class Weighted(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.zeros(()))
+
+            def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+                return nn.functional.cross_entropy(outputs * self.weight.exp(), targets) + self.weight**2
+
+        def trainer(folder: Path) -> Trainer:
+            torch.manual_seed(2)
+            model, criterion = nn.Linear(4, 2), Weighted()
+            optimizer = torch.optim.Adam([*model.parameters(), *criterion.parameters()], 0.1)
+            return Trainer(model, criterion, optimizer, checkpoint_dir=folder)
+
+        batches = self.batches(1.0, 2.0, 3.0)
+        with tempfile.TemporaryDirectory() as folder:
+            straight = trainer(Path(folder) / "straight")
+            straight.fit(batches, None, 4, verbose=False)
+            first = trainer(Path(folder) / "cut")
+            first.fit(batches, None, 2, verbose=False)
+            second = trainer(Path(folder) / "cut")
+            second.resume()
+            second.fit(batches, None, 4, verbose=False)
+            self.assertTrue(torch.equal(second.criterion.weight, straight.criterion.weight))
+            self.assertTrue(torch.equal(second.model.weight, straight.model.weight))
+            self.assertNotEqual(float(second.criterion.weight), float(first.criterion.weight))
 
     def test_two_runs_in_one_folder_are_refused(self) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -366,15 +366,19 @@ def load_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor], wher
 
     Raises CheckpointError, which names the first key that differs, before anything is changed.
     """
-    own, given = _without(("_orig_mod",), bare_model(model).state_dict(keep_vars=True)), _without(("_orig_mod",), state)
+    bare = bare_model(model)
+    own, given = _without(("_orig_mod",), bare.state_dict()), _without(("_orig_mod",), state)
     if own.keys() != given.keys():  # a name `module` may be the model's own, so it is taken away only if need be
         own, given = _without(("_orig_mod", "module"), own), _without(("_orig_mod", "module"), given)
+    check_weights(own, given, where)
+    bare.load_state_dict({actual: given[name] for actual, name in zip(bare.state_dict(), own, strict=True)})
+
+
+def check_weights(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raises CheckpointError, which names the first entry of `given` that a model with the state `own` cannot take."""
     problem = _first_difference(own, given)
     if problem:
         raise CheckpointError(f"{where}: of another model: {problem}; build the model that it was saved from")
-    with torch.no_grad():
-        for name, tensor in given.items():
-            own[name].copy_(tensor)
 
 
 def _first_difference(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:

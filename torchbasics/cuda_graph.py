@@ -144,16 +144,16 @@ class StepGraph:
             return False
         self.forget()
         self.optimizer.zero_grad(set_to_none=True)  # a gradient that was there would be added to by each replay
-        inputs, graph = tree_map(torch.clone, arguments), torch.cuda.CUDAGraph()
-        random_state = torch.cuda.get_rng_state(self.device)
+        graph, random_state = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state(self.device)
         try:
+            inputs = tree_map(torch.clone, arguments)
             # thread_local: a loader's thread that pins memory meanwhile does no harm
             with (
                 self._rates_on_device(capturable=True),
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 outputs = self.step(*inputs)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:  # TypeError: what cannot be copied, such as a PackedSequence
             self._give_up(error, random_state)
             return False
         self._graph, self._kind, self._inputs, self._outputs = graph, kind, _tensors(inputs), outputs

@@ -170,13 +170,13 @@ class BatchOrder:
         return self.batches
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, slice]]:
-        order = self.order()
+        order, epoch = self.order(), self.epoch
         self._position, self._start = self._start, 0
         for number in range(self._position, self.batches):
             samples = order[number * self.batch_size : (number + 1) * self.batch_size]
-            self._position = number + 1
+            self.epoch, self._position = epoch, number + 1  # whatever another iteration has done meanwhile
             yield number, samples, self._part(len(samples))
-        self.set_epoch(self.epoch + 1)
+        self.set_epoch(epoch + 1)
 
     def order(self) -> Tensor:
         """The samples' indices in the order of this epoch, int64 (count,)."""

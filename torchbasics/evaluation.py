@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchbasics import distributed
 from torchbasics.device import autocast, preserved_random_state
+from torchbasics.position import preserved_generators
 
 SUMS = ("loss_sum", "samples", "correct", "predictions")
 
@@ -20,7 +21,7 @@ SUMS = ("loss_sum", "samples", "correct", "predictions")
 class BatchResult(NamedTuple):
     """What one batch adds to the means; the tensors stay on the device until they are read."""
 
-    loss: Tensor  # mean over the batch, ()
+    loss: Tensor  # mean over the batch, of one element
     correct: Tensor | None  # of each sample: its number of right classes, (B,); None where targets are not classes
     predictions: int
     samples: int
@@ -45,7 +46,7 @@ class RunningMeans:
         if not self.pending:
             return None
         wide = torch.float32 if self.pending[0].loss.device.type == "mps" else torch.float64
-        losses = torch.stack([result.loss for result in self.pending]).to(wide)
+        losses = torch.cat([result.loss.view(1) for result in self.pending]).to(wide)
         corrects = [result.correct for result in self.pending if result.correct is not None]
         correct = torch.cat(corrects).sum() if corrects else losses.new_zeros(())
         *values, total = torch.cat([losses, correct.to(wide).view(1)]).tolist()
@@ -84,22 +85,45 @@ def forward(
     model: nn.Module, criterion: Callable, inputs: Any, targets: Tensor, precision: str
 ) -> tuple[Tensor, BatchResult]:
     """The mean loss of one batch, for backward, and the result to count."""
-    with autocast(targets.device, precision):
-        outputs = model(inputs)
-    if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
-        outputs = outputs.float()  # losses are sums of exponentials: not in half precision
     # a process's part of a batch may be empty: it takes part in all that is done together, and adds nothing
     samples = targets.shape[0]
-    loss = criterion(outputs, targets) if samples else nothing_of(outputs)
-    return loss, BatchResult(loss.detach(), *_correct(outputs, targets), samples)
+    with autocast(targets.device, precision):
+        try:
+            outputs = model(inputs)
+        except RuntimeError as error:
+            if samples:
+                raise
+            raise RuntimeError(
+                "the model does not take a batch of no samples, which is this process's part of a small one "
+                f"({error}); in it x.flatten(1) does what x.view(len(x), -1) does not, or leave the last batch out"
+            ) from error
+        if not isinstance(outputs, Tensor):  # of several outputs autocast brings those to float32 that losses take
+            return _result(criterion(outputs, targets) if samples else nothing_of(outputs), outputs, targets)
+    if outputs.dtype in (torch.bfloat16, torch.float16):
+        outputs = outputs.float()  # losses are sums of exponentials: not in half precision
+    return _result(criterion(outputs, targets) if samples else nothing_of(outputs), outputs, targets)
+
+
+def _result(loss: Tensor, outputs: Any, targets: Tensor) -> tuple[Tensor, BatchResult]:
+    return loss, BatchResult(loss.detach(), *_correct(outputs, targets), targets.shape[0])
 
 
 def _correct(outputs: Any, targets: Tensor) -> tuple[Tensor | None, int]:
     """Right classes of each sample, on the device, and predictions; (None, 0) where targets are not class indices."""
-    if not isinstance(outputs, Tensor) or targets.is_floating_point() or outputs.dim() != targets.dim() + 1:
+    if not isinstance(outputs, Tensor) or targets.is_floating_point() or not _are_scores(outputs.shape, targets.shape):
         return None, 0
     right = outputs.detach().argmax(1) == targets
     return right if right.dim() == 1 else right.flatten(1).sum(1), targets.numel()
+
+
+def _are_scores(outputs: torch.Size, targets: torch.Size) -> bool:
+    """Whether outputs (B, classes, …) belong to targets (B, …); one score alone has no largest."""
+    return len(outputs) > 1 and outputs[1] > 1 and outputs[:1] + outputs[2:] == targets
+
+
+def none_of(batch: Any) -> Any:
+    """`batch` of tensors without its samples."""
+    return tree_map(lambda part: part[:0], batch)
 
 
 def nothing_of(outputs: Any) -> Tensor:
@@ -111,21 +135,28 @@ def nothing_of(outputs: Any) -> Tensor:
 
 
 def to_device(value: Any, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> Any:
-    """`value`, or the tensors in a list, tuple or dict, on `device`; images (B, C, H, W) in `memory_format`."""
+    """`value`, or what is in a list, tuple or dict, on `device`; images (B, C, H, W) in `memory_format`."""
 
-    def move(tensor: Tensor) -> Tensor:
-        layout = memory_format if tensor.dim() == 4 else torch.preserve_format
-        return tensor.to(device, non_blocking=True, memory_format=layout)
+    def move(part: Any) -> Any:
+        if not isinstance(part, Tensor):
+            return part.to(device)
+        layout = memory_format if part.dim() == 4 else torch.preserve_format
+        return part.to(device, non_blocking=True, memory_format=layout)
 
     return tree_map(move, value)
 
 
-def tree_map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with `function` applied to its tensors, in lists (which become tuples), tuples and dicts."""
-    if isinstance(value, Tensor):
+def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `function` applied to its tensors, in lists (which become tuples), tuples, NamedTuples and dicts.
+
+    And to what else has a method `to`, as torch's PackedSequence.
+    """
+    if hasattr(value, "to"):
         return function(value)
     if isinstance(value, dict):
         return {key: tree_map(function, item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(tree_map(function, item) for item in value))
     if isinstance(value, (list, tuple)):
         return tuple(tree_map(function, item) for item in value)
     return value
@@ -138,7 +169,7 @@ def with_empty_batches(loader: Iterable) -> Iterator:
         if not any(has_one for (has_one,) in distributed.all_gather([batch is not None])):
             return
         if batch is not None:
-            empty = tree_map(lambda part: part[:0], batch)
+            empty = none_of(batch)
         yield empty if batch is None else batch
 
 
@@ -179,7 +210,7 @@ def evaluate(
     place = torch.device(device) if device is not None else model_device(model)
     model.to(place)
     means = RunningMeans()
-    with preserved_random_state(place), evaluation_mode(model):
+    with preserved_random_state(place), preserved_generators(loader), evaluation_mode(model):
         for batch in loader:
             inputs, targets = to_device(batch, place, memory_format)
             means.add([forward(model, criterion, inputs, targets, precision)[1]])
@@ -199,7 +230,12 @@ def outputs_of(
     place = torch.device(device) if device is not None else model_device(model)
     model.to(place)
     outputs = []
-    with preserved_random_state(place), evaluation_mode(model), autocast(place, precision):
+    with (
+        preserved_random_state(place),
+        preserved_generators(loader),
+        evaluation_mode(model),
+        autocast(place, precision),
+    ):
         for batch in loader:
             inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
             outputs.append(model(to_device(inputs, place, memory_format)).float())

@@ -138,8 +138,25 @@ def _rise(step: int, warmup_steps: int, start: float = 0.01) -> float:
 def averaged_copy(model: torch.nn.Module, decay: float) -> AveragedModel:
     """A copy of `model` to hold the exponential moving average of its weights and buffers (torch's AveragedModel).
 
-    Buffers are averaged too, so that BatchNorm's statistics belong to the weights beside them.
+    Buffers are averaged too, so that BatchNorm's statistics belong to the weights beside them; but for those of whole
+    numbers and those that hold an infinity now, as a mask does: they are `model`'s.
     """
     if not 0 < decay < 1:
         raise ValueError(f"the decay of averaged weights must lie between 0 and 1, got {decay}")
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return _Averages(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+class _Averages(AveragedModel):
+    """torch's, which would round indices and make -inf NaN."""
+
+    def __init__(self, model: torch.nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        self._constant = [
+            not b.is_floating_point() or (not b.is_meta and not bool(b.isfinite().all())) for b in model.buffers()
+        ]
+
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        super().update_parameters(model)
+        for own, new, constant in zip(self.module.buffers(), model.buffers(), self._constant, strict=True):
+            if constant:
+                own.copy_(new)

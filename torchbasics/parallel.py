@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from torchbasics.checkpoint import bare_model, bare_state_dict, load_weights
+from torchbasics.checkpoint import bare_model, bare_state_dict, check_weights, load_weights
 
 STRATEGIES = ("ddp", "fsdp")
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -25,13 +25,13 @@ NORMALISATIONS = (BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 def replicate(
-    model: nn.Module, device: torch.device, *, sync_bn: bool = False, static: bool = True
+    model: nn.Module, device: torch.device, *, sync_bn: bool = False, static: bool = False
 ) -> DistributedDataParallel:
     """`model`, which lies on `device`, as DistributedDataParallel: a copy a process, gradients averaged.
 
     `sync_bn` takes BatchNorm's statistics over all processes (torch's SyncBatchNorm, on accelerators only; ValueError
-    elsewhere). `static`: each step uses the same parameters once. BatchNorm's running statistics stay each process's
-    own; rank 0's are those that count (`shared_buffers`).
+    elsewhere). `static`, a little faster, is for steps of one batch each that use the same parameters once. BatchNorm's
+    running statistics stay each process's own; rank 0's are those that count (`shared_buffers`).
     """
     if sync_bn:
         if device.type == "cpu":
@@ -123,26 +123,38 @@ def gradient_exchange(model: nn.Module, wanted: bool) -> contextlib.AbstractCont
 
 @contextlib.contextmanager
 def kept_statistics(model: nn.Module, samples: int) -> Iterator[None]:
-    """Inside, BatchNorm uses its running statistics where a process's part of a batch is too small to have its own.
+    """Inside, BatchNorm uses its running statistics where a part of a batch is too small to have its own.
 
-    Of no sample it would learn NaN, and of one BatchNorm1d refuses to. SyncBatchNorm knows better.
+    Of no value a channel it would learn NaN, and of one it refuses to. SyncBatchNorm knows better.
     """
     if samples > 1:
         yield
         return
-    kinds = BatchNorm if samples == 0 else nn.BatchNorm1d
+
+    def keep_if_small(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        layer.training = inputs[0].numel() > inputs[0].shape[1]
+
     learning = [
         module
         for module in model.modules()
-        if isinstance(module, kinds) and not isinstance(module, nn.SyncBatchNorm) and module.training
+        if isinstance(module, BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and module.training
     ]
-    for module in learning:
-        module.training = False
+    hooks = [layer.register_forward_pre_hook(keep_if_small) for layer in learning]
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if _is_compiled(model) else _NOTHING:  # compiled, hooks may rest
+            yield
     finally:
-        for module in learning:
-            module.training = True
+        for hook in hooks:
+            hook.remove()
+        for layer in learning:
+            layer.training = True
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
 
 
 @contextlib.contextmanager
@@ -244,23 +256,8 @@ def load_full_weights(model: nn.Module, weights: dict[str, Tensor], where: str) 
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    check = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()}
-    load_weights(_Shapes(model), check, where)
+    check_weights(model.state_dict(), weights, where)
     set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
-
-
-class _Shapes(nn.Module):
-    """Names, shapes and types of a sharded model's state, without its values, to compare a checkpoint with."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.own = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            for name, tensor in model.state_dict().items()
-        }
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.own
 
 
 def _by_index(state: dict[str, Any]) -> dict[str, Any]:

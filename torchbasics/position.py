@@ -8,6 +8,7 @@ unless workers outlive an epoch (`persistent_workers`) and draw random numbers o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -41,6 +42,13 @@ class LoaderPosition:
         if self._resumed_generators:
             self._set_generators(self._resumed_generators)
         self._epoch_start = {**random_state(self.device), "loader": [g.get_state() for g in self._generators]}
+        return self._iterator(loader)
+
+    def _iterator(self, loader: Any) -> Iterator:
+        """iter(loader), which has drawn as much where its workers are new as where they live since another epoch."""
+        if getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is None:
+            with preserved_random_state(self.device), preserved_generators(loader):
+                iter(loader)
         return iter(loader)
 
     def rewind(self) -> None:
@@ -61,7 +69,7 @@ class LoaderPosition:
             raise ValueError("the checkpoint was made in mid-epoch with another kind of loader; use the same one")
         with preserved_random_state(self.device):
             self.rewind()
-            batches = iter(loader)
+            batches = self._iterator(loader)
             found = sum(1 for _ in itertools.islice(batches, batch))
         if found < batch:
             raise ValueError(
@@ -80,17 +88,32 @@ class LoaderPosition:
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:
-    """The random generators that a DataLoader and its samplers were given, each once."""
+    """The torch generators that a DataLoader, its samplers and its data set hold, under any name, each once."""
+    holders = (*_parts(loader), getattr(loader, "dataset", None))
+    found = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
+    return list(dict.fromkeys(value for value in found if isinstance(value, torch.Generator)))
+
+
+@contextlib.contextmanager
+def preserved_generators(loader: Any) -> Iterator[None]:
+    """What is drawn inside from the loader's own generators, which another loader may share, is drawn again after."""
+    states = [(generator, generator.get_state()) for generator in own_generators(loader)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _parts(loader: Any) -> tuple[Any, ...]:
+    """`loader` and what decides its order."""
     batch_sampler = getattr(loader, "batch_sampler", None)
-    parts = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = [getattr(part, "generator", None) for part in parts]
-    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
+    return loader, batch_sampler, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)
 
 
 def go_to(loader: Any, epoch: int, batch: int) -> bool:
     """Puts `loader` at (epoch, batch) if it can be told that; one that knows epochs only is told the epoch."""
-    parts: tuple[Any, ...] = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
-    for part in parts:
+    for part in _parts(loader):
         if hasattr(part, "load_state_dict") and part.state_dict().keys() == {"epoch", "batch"}:
             part.load_state_dict({"epoch": epoch, "batch": batch})
             return True

@@ -32,14 +32,14 @@ from torchbasics.evaluation import (
     evaluate,
     forward,
     model_device,
+    none_of,
     outputs_of,
     to_device,
-    tree_map,
     with_empty_batches,
 )
 from torchbasics.interrupts import Interrupted, SignalNote
 from torchbasics.nonfinite import find_nonfinite
-from torchbasics.position import LoaderPosition, go_to
+from torchbasics.position import LoaderPosition, go_to, preserved_generators
 
 MONITORS = ("train_loss", "train_acc", "val_loss", "val_acc")
 NAN_POLICIES = ("stop", "skip", "ignore")
@@ -140,6 +140,9 @@ class Trainer:
         if compile:
             bare_model(self.model).compile(mode=compile if isinstance(compile, str) else None)
         self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
+        # an infinity that is there from the start is meant, as in a mask
+        buffers = bare_model(self.model).named_buffers()
+        self._meant = {name for name, b in buffers if not b.is_meta and not bool(b.isfinite().all())}
         self.scheduler_interval = scheduler_interval or (
             "step" if isinstance(scheduler, (OneCycleLR, CyclicLR)) else "epoch"
         )
@@ -234,7 +237,7 @@ class Trainer:
         """
         if self._graph is not None:
             results, self.grad_norm = self._graph(window, samples)
-            self._running.add(BatchResult(*result) for result in results)
+            self._running.add(results)
             self._follow_step()
             return True
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.nan_policy == "skip" else []
@@ -354,6 +357,10 @@ class Trainer:
         """
         if distributed.world_size() > 1 and not parallel.is_wrapped(self.model):
             raise ValueError("several processes train one model: wrap it by parallel.replicate or parallel.shard first")
+        if distributed.world_size() > 1 and self._learning_criterion is not None:
+            raise ValueError(
+                "several processes do not exchange the gradients of a criterion; put its part in the model"
+            )
         distributed.check_group()
         while True:
             window = [to_device(batch, self.device, self.memory_format) for batch in self._next_window(batches)]
@@ -363,8 +370,7 @@ class Trainer:
                 if self._cut_off:
                     self._leave_if_signalled()
                 if window:
-                    inputs, targets = window[-1]
-                    self._empty_batch = tree_map(lambda part: part[:0], inputs), targets[:0]
+                    self._empty_batch = none_of(window[-1])
                 if len(window) < length and self._empty_batch is None:
                     raise ValueError("the loader of this process gave no batch at all; give every process a part")
                 window += [self._empty_batch] * (length - len(window))  # type: ignore[list-item]
@@ -437,6 +443,12 @@ class Trainer:
         return self.averages.module if self.averages is not None else bare_model(self.model)
 
     @property
+    def _learning_criterion(self) -> nn.Module | None:
+        """The criterion if it has parameters of its own."""
+        criterion = self.criterion
+        return criterion if isinstance(criterion, nn.Module) and any(True for _ in criterion.parameters()) else None
+
+    @property
     def stopped_early(self) -> bool:
         """Whether early stopping has ended the training."""
         return bool(self.early_stopping is not None and self.early_stopping.early_stop)
@@ -461,11 +473,12 @@ class Trainer:
         """`validate`, cut short by a signal: after the resume all of it is done again."""
         go_to(loader, self.epoch, 0)
         try:
-            if distributed.world_size() > 1:  # all do all of it, then all know of a signal to one
-                means = self.validate(loader)
-                self._agree_on(0, 0)
-                return means
-            return self.validate(self._signals.until(loader))
+            with preserved_generators(loader):
+                if distributed.world_size() > 1:  # all do all of it, then all know of a signal to one
+                    means = self.validate(loader)
+                    self._agree_on(0, 0)
+                    return means
+                return self.validate(self._signals.until(loader))
         except (*WORKER_ENDED, ValueError) as error:  # by the signal, perhaps before the first batch
             self._leave_if_signalled()
             _name_worker(error)
@@ -524,6 +537,7 @@ class Trainer:
         optional = {
             "scheduler_state_dict": self.scheduler,
             "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None,
+            "criterion_state_dict": self._learning_criterion,
             "early_stopping_state_dict": self.early_stopping if hasattr(self.early_stopping, "state_dict") else None,
         }
         return {
@@ -564,7 +578,7 @@ class Trainer:
             raise CheckpointError(
                 f"{where}: {wrong!r} is missing or no {SAVED[wrong].__name__}; use another checkpoint"
             )
-        weights = state["model_state_dict"]
+        weights = {name: w for name, w in state["model_state_dict"].items() if name not in self._meant}
         bad = next((k for k, w in weights.items() if w.is_floating_point() and not bool(w.isfinite().all())), None)
         if bad is not None and self.nan_policy == "stop":
             raise CheckpointError(f"{where}: {bad!r} is NaN or infinite; use another checkpoint")
@@ -572,6 +586,7 @@ class Trainer:
             "scheduler_state_dict": self.scheduler,
             "averages_state_dict": self.averages,
             "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None,
+            "criterion_state_dict": self._learning_criterion,
         }
         for key, part in parts.items():
             if (part is None) != (state.get(key) is None):
@@ -634,7 +649,8 @@ class Trainer:
             raise ValueError("Trainer was made without checkpoint_dir; give one to save")
         state = self.state_dict()
         weights = parallel.own_parameters(self.model)
-        statistics = list(bare_model(self.model).buffers()) if distributed.is_main() else []  # rank 0's are saved
+        named = bare_model(self.model).named_buffers() if distributed.is_main() else ()  # rank 0's are saved
+        statistics = [buffer for name, buffer in named if name not in self._meant]
         finite = torch.stack([tensor.isfinite().all() for tensor in (*weights, *statistics)]).tolist()
         # a part of a sharded weight is seen by one process only, and rank 0 must not save the rest
         everywhere = all(flag for (flag,) in distributed.all_gather([all(finite)]))
@@ -716,9 +732,10 @@ def _check_options(
     save_every: int | None,
     log_every: int,
 ) -> None:
-    if getattr(criterion, "reduction", "mean") != "mean":
+    if getattr(criterion, "reduction", "mean") not in ("mean", "batchmean"):
         raise ValueError(
-            f"criterion.reduction must be 'mean', got {criterion.reduction!r}: the Trainer weights by samples itself"
+            f"criterion.reduction must be 'mean' or 'batchmean', got {criterion.reduction!r}: "
+            "the Trainer weights by samples itself"
         )
     for name, value, allowed in (
         ("scheduler_interval", scheduler_interval, (None, "step", "epoch")),
