@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 import torchbasics as tb
 from torchbasics import options
-from torchbasics.checkpoint import write_durably, write_json
+from torchbasics.checkpoint import fitting_weights, write_durably, write_json
 from torchbasics.data import NORMALISATION
 from torchbasics.loaders import make_loaders
 from torchbasics.mnist import CLASSES, FOLDERS, missing_files
@@ -400,7 +400,7 @@ def load_source(args: argparse.Namespace) -> tuple[nn.Module, Facts]:
         channels, *_, size = facts.shape if facts else args.input_shape
         classes = len(facts.classes) if facts else next((len(t) for t in reversed(state.values()) if t.dim() == 1), 1)
         with torch.device("meta"):  # compared before memory is taken: the sizes are the file's own words
-            tb.load_weights(tb.make_model(name, classes, channels, size), state, str(path))
+            fitting_weights(tb.make_model(name, classes, channels, size), state, str(path))
         model = tb.make_model(name, classes, channels, size)
     else:
         raise tb.CheckpointError(f"{path}: its metadata names no model of {', '.join(MODELS)}; give --model NAME")
@@ -418,8 +418,8 @@ def load_file(path: Path, name: str | None) -> dict[str, Any]:
     if os.path.lexists(f"{path}.json") or not path.exists():
         return tb.load_checkpoint(path)
     if name is None:
-        raise tb.CheckpointError(f"{path}: no record {path.name}.json beside it, so it is no checkpoint of train_mnist;"
-                                 " use another, or give --model NAME if it is a plain state_dict")
+        raise tb.CheckpointError(f"{path}: its record {path.name}.json is missing; bring that too if it is a checkpoint "
+                                 "of train_mnist, or give --model NAME if it is a plain state_dict")
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
         state = state.get("model_state_dict", state)

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 import torchbasics as tb
 from torchbasics import images, options
+from torchbasics.checkpoint import fitting_weights
 from torchbasics.data import NORMALISATION
 from torchbasics.mnist import CLASSES
 from torchbasics.models import MODELS
@@ -112,8 +113,8 @@ def load_member(path: Path, name: str | None, device: torch.device) -> Member:
     if os.path.lexists(f"{path}.json") or not path.exists():
         checkpoint = tb.load_checkpoint(path)
     elif name is None:
-        raise tb.CheckpointError(f"{path}: no record {path.name}.json beside it, so it is no checkpoint of train_mnist;"
-                                 " use another, or give --model NAME if it is a plain state_dict")
+        raise tb.CheckpointError(f"{path}: its record {path.name}.json is missing; bring that too if it is a checkpoint "
+                                 "of train_mnist, or give --model NAME if it is a plain state_dict")
     else:
         checkpoint = {"model_state_dict": load_plain(path)}
     state, metadata = checkpoint["model_state_dict"], checkpoint.get("metadata")
@@ -128,7 +129,7 @@ def load_member(path: Path, name: str | None, device: torch.device) -> Member:
                                    "size": (metadata.get("image_size"),) * 2})
     shape = len(facts.classes), facts.channels, facts.size[0]
     with torch.device("meta"):  # compared before memory is taken: the sizes are the file's own words
-        tb.load_weights(tb.make_model(name, *shape), state, str(path))
+        fitting_weights(tb.make_model(name, *shape), state, str(path))
     model = tb.make_model(name, *shape)
     tb.load_weights(model, state, str(path))
     return Member(model.to(device).eval(), facts, device)
@@ -318,17 +319,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.show and os.path.exists(args.show) and any(
             os.path.exists(path) and os.path.samefile(path, args.show) for path in inputs):
         parser.error(f"--show {args.show} would overwrite an input; name another file")
+    if args.show and (os.path.isdir(args.show) or not os.path.isdir(os.path.dirname(args.show) or ".")):
+        parser.error(f"--show {args.show} cannot be written: name a file in a folder that is there")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 done, 1 an image or something else failed, 2 bad arguments or model, 3 optional package missing."""
     args = parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # PIL's and torch's on files that they can read all the same
-        return options.guarded(lambda: predict(args), args.debug, not_written="make room or permit writing")
+        return options.guarded(lambda: predict(args), args.debug)
 
 
 def predict(args: argparse.Namespace) -> int:

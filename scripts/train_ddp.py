@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         if distributed.rank_in_environment() == 0 or isinstance(error, OSError):
-            print(f"error: {options.one_line(error)}", file=sys.stderr)
+            print(f"error: {options.one_line(error, options.GO_ON)}", file=sys.stderr)
         return options.exit_code(error)
 
 
@@ -204,7 +204,7 @@ def run_together(args: argparse.Namespace, argv: list[str] | None, device: torch
     except BrokenPipeError:
         return options.reader_left()
     except Exception as error:
-        line = distributed.first_cause(error, options.one_line(error))
+        line = distributed.first_cause(error, options.one_line(error, options.GO_ON))
         if line is not None:
             print(f"error: {line}", file=sys.stderr, flush=True)
             if args.debug:
@@ -232,7 +232,7 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
     trainer, clock = build_trainer(args, data, device, checkpoints)
     start = trainer.resume() if args.resume else None
     processes = name_processes(device, threads)
-    report = begin_report(args, data, trainer, run, start, processes) if run is not None else None
+    report = begin_report(args, data, trainer, run, start, processes, began) if run is not None else None
     communication = Communication(report, clock)
     if distributed.world_size() > 1:
         trainer.on_epoch_end += (communication.on_epoch_end,)
@@ -245,10 +245,12 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
         raise
     result: dict[str, Any] = judge(trainer, data, checkpoints / "best.pt", args.tta)[0]
     if run is not None:
-        result |= summary(args, data, trainer, run) | {
-            "total_seconds": time.monotonic() - began, "communication_seconds": communication.seconds}
+        assert report is not None
+        result |= summary(args, data, trainer, report) | {"communication_seconds": communication.seconds}
         run.write_info(result=result)
-        launcher = f"torchrun --nproc-per-node={distributed.local_world_size()} {shlex.quote(sys.argv[0])}"
+        here = distributed.local_world_size()
+        alone = "--standalone " * (here == distributed.world_size())
+        launcher = f"torchrun {alone}--nproc-per-node={here} {shlex.quote(sys.argv[0])}"
         print_result(result, run, data.notice, launcher)
     distributed.barrier()
     return 0
@@ -290,13 +292,13 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Loaders:
 
 def begin_report(
     args: argparse.Namespace, data: Loaders, trainer: tb.Trainer, run: tb.RunDirectory, start: Path | None,
-    processes: str) -> Report:
+    processes: str, began: float) -> Report:
     """What rank 0 alone does before the first step."""
     metrics_file = run.path / "metrics.jsonl"
     if args.resume and start is None and metrics_file.is_file() and metrics_file.stat().st_size:
         raise tb.CheckpointError(f"{run.checkpoints}: the run was further, and its checkpoints are gone; "
                                  "--overwrite starts it again")
-    report = Report(args, data, run)
+    report = Report(args, data, run, began)
     write_description(args, data, trainer, run, tb.__version__, processes=processes)
     run.write_metrics(metrics(trainer))
     trainer.on_step_end, trainer.on_epoch_end = (report.on_step_end,), (report.on_epoch_end,)

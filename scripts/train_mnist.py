@@ -31,7 +31,17 @@ from torchbasics.device import preserved_random_state
 from torchbasics.evaluation import to_device
 from torchbasics.loaders import Loaders, make_loaders
 from torchbasics.mnist import import_torchvision
-from torchbasics.report import Report, judge, metrics, print_result, score, summary, unused_directory, write_description
+from torchbasics.report import (
+    Report,
+    judge,
+    metrics,
+    print_result,
+    python,
+    score,
+    summary,
+    unused_directory,
+    write_description,
+)
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Loaders:
@@ -79,16 +89,21 @@ def draw_mistakes(logits: Tensor, targets: Tensor, data: Loaders, path: Path, mo
         save_image(torch.stack([images[i] for i in worst]), path, nrow=8, normalize=True, scale_each=True)
 
 
-def tensorboard(run: tb.RunDirectory, trainer: tb.Trainer, data: Loaders) -> Any:
-    """Writes losses, accuracies, rate, the graph and a grid of training images; returns the call-back."""
+def summary_writer() -> Any:
+    """TensorBoard's class of that name."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise options.MissingExtra(
             "--tensorboard needs another package: pip install 'torchbasics[tensorboard]'") from None
+    return SummaryWriter
+
+
+def tensorboard(run: tb.RunDirectory, trainer: tb.Trainer, data: Loaders) -> Any:
+    """Writes losses, accuracies, rate, the graph and a grid of training images; returns the call-back."""
     from torchvision.utils import make_grid
 
-    writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=trainer.step + 1)
+    writer = summary_writer()(str(run.path / "tensorboard"), purge_step=trainer.step + 1)
     with preserved_random_state(trainer.device):  # a DataLoader draws a seed for its workers
         inputs = to_device(next(iter(data.val))[0], trainer.device, trainer.memory_format)
     writer.add_image("images", make_grid(inputs[:64].cpu(), normalize=True))
@@ -107,7 +122,7 @@ def tensorboard(run: tb.RunDirectory, trainer: tb.Trainer, data: Loaders) -> Any
 
 def launcher() -> str:
     """The command that started this script, without its options."""
-    return shlex.join([Path(sys.executable).name, sys.argv[0] if sys.argv[0].endswith(".py") else __file__])
+    return shlex.join([python(), sys.argv[0] if sys.argv[0].endswith(".py") else __file__])
 
 
 def make_parser() -> options.Parser:
@@ -136,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0 done, 1 failed, 2 bad input, 3 optional package missing, 128 + signal when interrupted and saved."""
     args = parse_args(argv)
     with options.quiet_ends(args.debug):
-        return options.guarded(lambda: open_and_train(args, argv), args.debug, "interrupted; what was saved stays")
+        return options.guarded(lambda: open_and_train(args, argv), args.debug, "interrupted; what was saved stays",
+                               options.GO_ON)
 
 
 def open_and_train(args: argparse.Namespace, argv: list[str] | None) -> int:
@@ -157,6 +173,8 @@ def open_run(
     args: argparse.Namespace, argv: list[str] | None, stack: contextlib.ExitStack
 ) -> tuple[argparse.Namespace, tb.RunDirectory | None]:
     """The options, of a resumed run its own; and the run's directory, unless that is chosen or replaced later."""
+    if args.tensorboard:
+        summary_writer()  # what is missing is said before anything is replaced
     if args.dry_run:
         args.epochs, args.limit_batches, args.warmup_epochs = 1, 2, min(args.warmup_epochs, 1)
         args.output = stack.enter_context(tempfile.TemporaryDirectory())
@@ -185,7 +203,7 @@ def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextl
     if args.resume and start is None and metrics_file.is_file() and metrics_file.stat().st_size:
         raise tb.CheckpointError(f"{run.checkpoints}: the run was further, and its checkpoints are gone; "
                                  "--overwrite starts it again")
-    report = Report(args, data, run)
+    report = Report(args, data, run, began)
     write_description(args, data, trainer, run, tb.__version__)
     run.write_metrics(metrics(trainer))
     trainer.on_step_end, trainer.on_epoch_end = (report.on_step_end,), (report.on_epoch_end,)
@@ -199,7 +217,7 @@ def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextl
         run.write_info()
         raise
     result, logits, targets = judge(trainer, data, run.checkpoints / "best.pt", args.tta)
-    result |= summary(args, data, trainer, run) | {"total_seconds": time.monotonic() - began}
+    result |= summary(args, data, trainer, report)
     run.write_info(result=result)
     print_result(result, run, data.notice, launcher(), kept=not args.dry_run)
     try:
@@ -214,7 +232,6 @@ def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextl
 
 def train_ensemble(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextlib.ExitStack) -> int:
     """Each member is a run of its own, in a folder of this one; a finished one is not trained again after a resume."""
-    began = time.monotonic()
     data = load_data(args, tb.pick_device(args.device))
     if run is None:
         output = args.output or unused_directory(f"{data.facts['dataset']}-ensemble")
@@ -224,7 +241,7 @@ def train_ensemble(args: argparse.Namespace, run: tb.RunDirectory | None, stack:
                    arguments={**vars(args), "output": str(run.path)})
     members = [train_member(args, run.path / f"member-{i + 1}", args.seed + i) for i in range(args.ensemble)]
     result = judge_ensemble(args, run, members)
-    run.write_info(result=result | {"total_seconds": time.monotonic() - began})
+    run.write_info(result=result)
     alone = "  ".join(f"{member['test_accuracy']:.2%}" for member in members)
     print(f"\nensemble of {args.ensemble}: test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f}) on "
           f"{result['dataset']}; alone {alone}")
@@ -255,7 +272,7 @@ def judge_ensemble(args: argparse.Namespace, run: tb.RunDirectory, members: list
 
     Each member has held out other images for validation, so there is no validation accuracy of all together.
     """
-    outputs = []
+    began, outputs = time.monotonic(), []
     for i in range(len(members)):
         own = argparse.Namespace(**vars(args) | {"seed": args.seed + i})  # its own split, and so its normalisation
         device = tb.pick_device(args.device)
@@ -266,11 +283,12 @@ def judge_ensemble(args: argparse.Namespace, run: tb.RunDirectory, members: list
         outputs.append(trainer.predict(data.test, tb.ShiftedViews if args.tta else None).log_softmax(1))
     logits = torch.stack(outputs).logsumexp(0) - math.log(len(outputs))
     targets = torch.cat([targets for _, targets in data.test]).cpu()
-    seconds = sum(member["train_seconds"] for member in members)
+    seconds, total = (sum(member[name] for member in members) for name in ("train_seconds", "total_seconds"))
     images = sum(member["samples_per_second"] * member["train_seconds"] for member in members)
     return score(logits, targets, data.facts["classes"]) | {
         "best_val_accuracy": None, "best_epoch": None, "epochs_run": sum(member["epochs_run"] for member in members),
-        "train_seconds": seconds, "samples_per_second": images / seconds if seconds else 0.0,
+        "train_seconds": seconds, "total_seconds": total + time.monotonic() - began,
+        "samples_per_second": images / seconds if seconds else 0.0,
         "stopped_because": f"all {len(members)} members done", "dataset": data.facts["dataset"], "notice": data.notice,
         "model": args.model, "parameters": sum(member["parameters"] for member in members), "members": members}
 

@@ -227,12 +227,23 @@ class Run(unittest.TestCase):
             (["--siz", "1"], "--siz"),
             (["--size", "x"], "--size"),
             (["--seed"], "--seed"),
+            (["--seed", "-1"], "--seed must be from 0"),
+            (["--seed", str(2**32)], "--seed must be from 0"),
         ):
             with self.subTest(argv), contextlib.redirect_stdout(io.StringIO()) as out:
                 with contextlib.redirect_stderr(io.StringIO()) as err, self.assertRaises(SystemExit) as stop:
                     lessons().run(argv, parents=[own])
                 self.assertEqual((stop.exception.code, out.getvalue()), (2, ""))
                 self.assertRegex(err.getvalue(), rf"\Aerror: .*{said}.*\n\Z")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no full disk here")
+    def test_an_output_that_takes_nothing_is_one_line(self) -> None:
+        err = io.StringIO()
+        with open("/dev/full", "w") as full, contextlib.redirect_stdout(full), contextlib.redirect_stderr(err):
+            self.assertEqual(lessons().run(["--section", "add.right"]), 1)
+        self.assertRegex(err.getvalue(), r"\Aerror: standard output: No space left on device\n\Z")
+        with contextlib.redirect_stdout(None):  # closed: >&-
+            self.assertEqual(lessons().run(["--section", "add.right"]), 0)
 
     def test_a_missing_device_is_answered_in_one_line(self) -> None:
         for name in ("meta", "nonsense", "cuda:99"):

@@ -578,7 +578,7 @@ class TestRealExtras(ExportCase):
 class TestSources(ExportCase):
     def test_a_plain_state_dict_with_its_model_named(self) -> None:
         torch.save(MODEL.state_dict(), self.folder / "plain.pt")
-        self.refuse("--format", "pt2", text=r"no record plain.pt.json .*--model NAME",
+        self.refuse("--format", "pt2", text=r"its record plain.pt.json is missing.*--model NAME",
                     checkpoint=self.folder / "plain.pt")
         code, _, err = self.run_main("--model", "simplenet", "--format", "pt2", checkpoint=self.folder / "plain.pt")
         self.assertEqual((code, err), (0, ""))
@@ -606,7 +606,7 @@ class TestSources(ExportCase):
         for name, text in names.items():
             self.refuse(text=text, checkpoint=self.folder / name)
         for name in ("pickle.pt", "script.pt"):
-            self.refuse(text="no record", checkpoint=self.folder / name)
+            self.refuse(text="its record", checkpoint=self.folder / name)
             self.refuse("--model", "simplenet", text="no state_dict", checkpoint=self.folder / name)
         self.assertFalse(marker.exists())
 

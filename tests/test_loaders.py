@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.test_train_mnist import MNIST_LIKE, few_digits, write_fashion, write_images
-from torchbasics import loaders
+from torchbasics import loaders, mnist
 from torchbasics.loaders import make_loaders
 
 
@@ -87,6 +87,15 @@ class InMemory(LoadersCase):
         next(raw.iterdir()).unlink()
         with self.assertRaises(ConnectionError):  # a named data set is never replaced
             make_loaders("fashion-mnist", self.folder, 32, val_size=40)
+
+    def test_auto_where_nothing_can_be_kept(self) -> None:
+        (self.folder / "file").write_text("")
+        with mock.patch("torchbasics.data.download_mnist", mnist.download_mnist):
+            data = make_loaders("auto", self.folder / "file" / "data", 32, val_size=40)
+            self.assertEqual(data.facts["dataset"], "digits")
+            self.assertIn("and it cannot be written: training on digits", data.notice)
+            with self.assertRaisesRegex(ValueError, "cannot be written .Not a directory.; choose another --data-dir"):
+                make_loaders("mnist", self.folder / "file" / "data", 32, val_size=40)
 
     def test_auto(self) -> None:
         data = make_loaders("auto", self.folder, 32, val_size=40)

@@ -99,6 +99,16 @@ class Guarded(unittest.TestCase):
         with mock.patch.object(options, "reader_left", return_value=141):
             self.assertEqual(self.end(BrokenPipeError()), (141, ""))
 
+    def test_a_terminal_of_any_encoding_ends_no_run(self) -> None:
+        """From the parser on: `--help` and all that is printed later."""
+        terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+        with contextlib.redirect_stdout(terminal):
+            parser = options.Parser(description="2 × 3 …")
+            parser.add_argument("--x")
+            parser.parse_args([])
+            print(parser.format_help(), "猫", flush=True)
+        self.assertRegex(terminal.buffer.getvalue().decode("ascii"), r"2 \\xd7 3 \\u2026[^\0]*\\u732b")
+
     def test_debug_raises_the_error_itself(self) -> None:
         with self.assertRaises(ZeroDivisionError):
             options.guarded(lambda: 1 // 0, True)
@@ -219,11 +229,12 @@ class Errors(unittest.TestCase):
             options.one_line(ConnectionError("no route")), "^no route; connect .* or use --dataset digits$"
         )
         self.assertEqual(len(options.one_line(RuntimeError("x" * 999))), len("RuntimeError: ") + 300 + 22)
-        full = options.one_line(OSError(errno.ENOSPC, "No space left on device", "a/step-1.pt"))
+        self.assertEqual(options.one_line(OSError(errno.ENOENT, "No such file", "a.png")), "a.png: No such file")
+        full = options.one_line(OSError(errno.ENOSPC, "No space left on device", "a/step-1.pt"), options.GO_ON)
         self.assertRegex(full, "^a/step-1.pt: No space left on device; older checkpoints are intact, .*--resume$")
         for number in (errno.EROFS, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EACCES):
             said = options.one_line(OSError(number, "Not written"))
-            self.assertRegex(said, "^the output directory: Not written; older checkpoints are intact")
+            self.assertEqual(said, "the output directory or standard output: Not written; make room or permit it")
 
     def left(self, code: int, writing: int | None = None) -> tuple[int, str]:
         """Exit code and stderr of a process that prints, into `writing` or nowhere, and leaves with `code`."""

@@ -403,7 +403,7 @@ class Checkpoints(ScriptCase):
             hostile = {"epoch": 1, "model_state_dict": MODEL.state_dict(), "optimizer_state_dict": {}, "loss": 0.0,
                        "metadata": METADATA, "x": Payload(marker)}  # fmt: skip
             torch.save(hostile, path, _use_new_zipfile_serialization=zipped)
-            self.assertIn("no record", self.refused("--checkpoint", path, self.digit))
+            self.assertIn("its record", self.refused("--checkpoint", path, self.digit))
             self.assertIn("damaged, or no state_dict",
                           self.refused("--checkpoint", path, "--model", "simplenet", self.digit))  # fmt: skip
             refusal = "more than tensors" if zipped else "not a file of save_checkpoint"
@@ -644,12 +644,16 @@ class CommandLine(ScriptCase):
             self.assertNotIn("\x1b", line)
         self.assertIn(r"\x1b", self.refused("--checkpoint", self.checkpoint, self.digit, "--no\x1b[1m"))
 
+    def test_a_sheet_that_cannot_be_is_refused_before_an_image_is_read(self) -> None:
+        for path in (self.folder, self.folder / "not there" / "sheet.png"):
+            self.assertIn("cannot be written", self.refused("--checkpoint", self.checkpoint, "--show", path, "x.png"))
+
     @unittest.skipUnless(os.path.exists("/dev/full"), "no full disk here")
     def test_a_full_disk_is_one_line(self) -> None:
         os.symlink("/dev/full", self.folder / "sheet.png")
         done = self.main("--checkpoint", self.checkpoint, "--show", self.folder / "sheet.png", self.digit)
         self.assertEqual(done.code, 1)
-        self.assertRegex(done.err, r"\Aerror: [^\n]*No space left on device; make room or permit writing\n\Z")
+        self.assertRegex(done.err, r"\Aerror: [^\n]*No space left on device; make room or permit it\n\Z")
 
     def test_help_says_every_default(self) -> None:
         done = self.main("--help")

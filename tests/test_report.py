@@ -7,6 +7,7 @@ import contextlib
 import io
 import math
 import os
+import sys
 import tempfile
 import time
 import unittest
@@ -130,11 +131,12 @@ class Figures(unittest.TestCase):
         data = Loaders(range(5), None, None, {"samples": (70, 10, 10)}, "")
         trainer: Any = SimpleNamespace(device=torch.device("cpu"))
         with RunDirectory(self.folder / "run") as run:
-            first = report.Report(args, data, run)
+            first = report.Report(args, data, run, time.monotonic() - 5)
             time.sleep(0.02)
             self.assertEqual(first.count(trainer, 5)[0], 70)
             self.assertEqual(first.count(trainer, 2)[0], 32)  # stopped in the second epoch
-            second = report.Report(args, data, run)
+            self.assertTrue(5 < run.info["sessions"][0]["total_seconds"] < 60)
+            second = report.Report(args, data, run, time.monotonic() - 2)
             second.first_batch = 2  # where it goes on
             self.assertEqual(second.count(trainer, 5)[0], 38)
             self.assertEqual([session["samples"] for session in run.info["sessions"]], [102, 38])
@@ -144,12 +146,28 @@ class Figures(unittest.TestCase):
             trainer = SimpleNamespace(
                 best_epoch=1, epoch=2, history={"val_acc": [0.5, 0.75]}, stopped_early=False, skipped=1, model=model
             )
-            run.info["sessions"] = [{"train_seconds": 3.0, "samples": 102}, {"train_seconds": 1.0, "samples": 38}]
+            run.info["sessions"] = [{"train_seconds": 3.0, "total_seconds": 7.0, "samples": 102}, second.session]
+            second.session |= {"train_seconds": 1.0, "samples": 38}
             named = Loaders(None, None, None, {"dataset": "digits"}, "")
-            found = report.summary(args, named, trainer, run)
+            found = report.summary(args, named, trainer, second)
+        self.assertTrue(9 < found["total_seconds"] < 60)  # both sessions, the second up to now
         self.assertEqual((found["samples_per_second"], found["train_seconds"]), (35.0, 4.0))
         self.assertEqual((found["best_epoch"], found["best_val_accuracy"], found["skipped_steps"]), (2, 0.75, 1))
         self.assertEqual((found["parameters"], found["stopped_because"]), (20, "all 2 epochs done"))
+
+    def test_nobody_may_hear_it(self) -> None:
+        """Standard error is closed (`2>&-`)."""
+        data = Loaders(range(5), None, None, {"samples": (70, 10, 10)}, "")
+        with RunDirectory(self.folder / "run") as run, contextlib.redirect_stderr(None):
+            self.assertFalse(report.Report(argparse.Namespace(quiet=False, batch_size=16), data, run, 0.0).live)
+
+    def test_the_interpreter_by_its_name_only_where_that_finds_it(self) -> None:
+        for executable, expected in (("/a/bin/python3", "python3"), ("/b/bin/python3", "/b/bin/python3")):
+            with (
+                mock.patch.object(sys, "executable", executable),
+                mock.patch.object(report.shutil, "which", return_value="/a/bin/python3"),
+            ):
+                self.assertEqual(report.python(), expected)
 
     def test_a_directory_that_is_not_there_yet(self) -> None:
         self.addCleanup(os.chdir, os.getcwd())

@@ -158,7 +158,7 @@ class OneProcess(DdpCase):
         self.assertRegex(done.out, rf"; 1 process \(rank 0: {HOST} cpu\); .*, 1 thread each.*; fp32")
         self.assertIn("test_accuracy", self.info(self.folder / "run")["result"])
         self.assertNotIn("communication", done.out)
-        self.assertRegex(done.out, r"continue: torchrun --nproc-per-node=1 \S+train_ddp.py --resume ")
+        self.assertRegex(done.out, r"continue: torchrun --standalone --nproc-per-node=1 \S+train_ddp.py --resume ")
         quiet = self.main(*SMALL, "--output", self.folder / "quiet", "--quiet")
         self.assertNotIn("process", quiet.out)
 
@@ -325,7 +325,7 @@ class ManyProcesses(DdpCase):
                 self.assertRegex(
                     first.out, r"communication \d+\.\d s of \d+\.\d s \(least, so the slowest: rank [0-2], "
                 )
-            self.assertRegex(first.out, f"continue: torchrun --nproc-per-node={count} ")
+            self.assertRegex(first.out, f"continue: torchrun --standalone --nproc-per-node={count} ")
 
     def test_an_ensemble_is_not_gone_on_with_as_one_model(self) -> None:
         folder = self.folder / "two"

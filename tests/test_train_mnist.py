@@ -376,7 +376,14 @@ class ARun(ScriptCase):
     def test_tensorboard_missing_names_the_command(self) -> None:
         with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
             done = self.main(*self.SMALL, "--output", self.folder / "run", "--tensorboard")
-        self.assert_refused(done._replace(err=done.err), "pip install", code=3)
+            self.assert_refused(done, "pip install", code=3)
+            self.assertFalse((self.folder / "run").exists())
+            run = self.small("run")
+            best = (run / "checkpoints" / "best.pt").read_bytes()
+            for more in ((), ("--ensemble", 2)):  # said before the earlier run is replaced
+                done = self.main(*self.SMALL, "--output", run, "--overwrite", "--tensorboard", *more)
+                self.assert_refused(done, "pip install", code=3)
+                self.assertEqual((run / "checkpoints" / "best.pt").read_bytes(), best)
 
 
 def nine_views(inputs: Tensor) -> list[Tensor]:
@@ -665,6 +672,8 @@ class Resume(ScriptCase):
         self.assertEqual((run / "metrics.jsonl").read_bytes(), metrics)
         again = self.info(run)["result"]
         self.assertEqual({**again, "total_seconds": 0}, {**result, "total_seconds": 0})
+        self.assertGreater(again["total_seconds"], result["total_seconds"])  # of both sessions
+        self.assertIn("all 2 epochs are done already", done.out)
 
     def test_more_patience_goes_on(self) -> None:
         options = ("--min-delta", 100, "--epochs", 6)

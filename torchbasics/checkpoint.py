@@ -147,6 +147,8 @@ def _read_record(path: Path) -> list[dict]:
         raise CheckpointError(
             f"{path}: its record {path.name}.json is missing, so its content cannot be checked; use another checkpoint"
         ) from None
+    except PermissionError as error:
+        raise CheckpointError(f"{_record_path(path)}: cannot be read ({error.strerror}); permit it") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{_record_path(path)}: damaged record ({_first_line(error)}); use another checkpoint"
@@ -366,19 +368,21 @@ def load_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor], wher
 
     Raises CheckpointError, which names the first key that differs, before anything is changed.
     """
-    bare = bare_model(model)
-    own, given = _without(("_orig_mod",), bare.state_dict()), _without(("_orig_mod",), state)
+    bare_model(model).load_state_dict(fitting_weights(model, state, where))
+
+
+def fitting_weights(
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str = "checkpoint"
+) -> dict[str, torch.Tensor]:
+    """`state` under the names that the bare `model` has for it. Raises as `load_weights`, and loads nothing."""
+    names = bare_model(model).state_dict()
+    own, given = _without(("_orig_mod",), names), _without(("_orig_mod",), state)
     if own.keys() != given.keys():  # a name `module` may be the model's own, so it is taken away only if need be
         own, given = _without(("_orig_mod", "module"), own), _without(("_orig_mod", "module"), given)
-    check_weights(own, given, where)
-    bare.load_state_dict({actual: given[name] for actual, name in zip(bare.state_dict(), own, strict=True)})
-
-
-def check_weights(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raises CheckpointError, which names the first entry of `given` that a model with the state `own` cannot take."""
     problem = _first_difference(own, given)
     if problem:
         raise CheckpointError(f"{where}: of another model: {problem}; build the model that it was saved from")
+    return {name: given[bare] for name, bare in zip(names, own, strict=True)}
 
 
 def _first_difference(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:

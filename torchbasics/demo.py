@@ -130,12 +130,17 @@ class Sections:
             try:
                 return self._run(self._parse_args(argv, parents))
             finally:
-                sys.stdout.flush()
+                if sys.stdout is not None:
+                    sys.stdout.flush()
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:  # such as `| head`: say no more, to the last flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except OSError as error:  # a full disk under a redirected output
+            print(f"error: standard output: {error.strerror or error}", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
 
     def _run(self, args: argparse.Namespace) -> int:
         try:
@@ -167,7 +172,10 @@ class Sections:
         parser.add_argument("--seed", type=int, default=0, help="random seed of every section (default: 0)")
         parser.add_argument("--json", action="store_true", help="print the results as JSON (default: as text)")
         parser.add_argument("--debug", action="store_true", help="print tracebacks of failures (default: one line)")
-        return parser.parse_args(argv)
+        args = parser.parse_args(argv)
+        if not 0 <= args.seed < 2**32:
+            parser.error(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
+        return args
 
     def _choose(self, names: list[str] | None) -> list[Section]:
         for name in names or []:

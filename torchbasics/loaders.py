@@ -20,7 +20,7 @@ from torchbasics.data import (
     load_splits,
     split_dataset,
 )
-from torchbasics.mnist import FOLDERS, import_torchvision, is_present
+from torchbasics.mnist import FOLDERS, NotKept, import_torchvision, is_present
 
 DATASETS = ("auto", *FOLDERS, "digits", "folder")
 
@@ -102,15 +102,16 @@ def _load_splits(
 ) -> tuple[str, str, tuple[Images, Images, Images]]:
     """The data set's name, what to say if it isn't the wanted one, and its parts. A damaged file is never passed by."""
     name = "mnist" if dataset == "auto" else dataset
-    if name in FOLDERS and not is_present(name, data_dir) and sys.stderr.isatty():
+    if name in FOLDERS and not is_present(name, data_dir) and sys.stderr is not None and sys.stderr.isatty():
         print(f"{name}: not in {data_dir}; downloading", file=sys.stderr)
     try:
         return name, "", load_splits(name, data_dir, val_size, seed)
-    except ConnectionError:
+    except (ConnectionError, NotKept) as error:
         if dataset != "auto" or is_present("mnist", data_dir):  # a part of it is there: say what is missing
             raise
+        reason = "it cannot be written" if isinstance(error, NotKept) else "no network"
     notice = (
-        f"NOTICE: no MNIST in {data_dir} and no network: training on digits drawn by this program instead. "
+        f"NOTICE: no MNIST in {data_dir} and {reason}: training on digits drawn by this program instead. "
         "The accuracy below is on drawn digits, not on MNIST."
     )
     return "digits", notice, load_splits("digits", val_size=val_size, seed=seed)

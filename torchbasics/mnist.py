@@ -54,6 +54,10 @@ class DataError(ValueError):
     """Data that cannot be used: says which file, which field, and what to do."""
 
 
+class NotKept(DataError):
+    """What would be downloaded cannot be written where it should go."""
+
+
 def mnist_files(name: str, data_dir: str | os.PathLike, train: bool = True) -> tuple[Path, Path]:
     """Where the image and the label file of data set `name` belong."""
     if name not in FOLDERS:
@@ -93,7 +97,7 @@ def read_mnist(name: str, data_dir: str | os.PathLike, train: bool = True) -> tu
 def download_mnist(name: str, data_dir: str | os.PathLike, timeout: float = 30.0) -> None:
     """Downloads data set `name` through torchvision, checks it and puts it under `data_dir`, one process at a time.
 
-    Raises ConnectionError if it cannot be had, DataError if it cannot be kept. A file appears under its final name only
+    Raises ConnectionError if it cannot be had, NotKept if it cannot be kept. A file appears under its final name only
     when it is whole, and what is there already is left as it is.
     """
     raw = mnist_files(name, data_dir)[0].parent
@@ -107,11 +111,11 @@ def download_mnist(name: str, data_dir: str | os.PathLike, timeout: float = 30.0
                     _download_into(name, temporary, timeout)
                     for path in missing:
                         os.replace(Path(temporary) / FOLDERS[name] / "raw" / path.name, path)
-    except ConnectionError:
-        raise
+    except ConnectionError as error:
+        raise ConnectionError(f"{data_dir}: {error}") from error
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DataError(f"{data_dir}: cannot be written ({reason}); choose another --data-dir") from None
+        raise NotKept(f"{data_dir}: cannot be written ({reason}); choose another --data-dir") from None
 
 
 def import_torchvision() -> ModuleType:

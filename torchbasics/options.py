@@ -6,6 +6,7 @@ import argparse
 import atexit
 import contextlib
 import errno
+import io
 import math
 import os
 import sys
@@ -45,7 +46,14 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors in one line, exit code 2."""
+    """argparse, with its errors in one line, exit code 2. From here on a terminal of any encoding ends no run."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """What the terminal cannot show is printed as escapes, from `--help` on."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().parse_known_args(*args, **kwargs)
 
     def error(self, message: str) -> Any:
         """Ends the program."""
@@ -292,11 +300,12 @@ def quiet_ends(debug: bool) -> Iterator[None]:
         sys.unraisablehook, sys.excepthook = before
 
 
-# what to do about a disk that is full or forbidden, where a run writes
+# what to do about a disk that is full or forbidden; and where a run writes
+PERMIT = "make room or permit it"
 GO_ON = "older checkpoints are intact, make room or permit writing, then --resume"
 
 
-def guarded(work: Callable[[], int], debug: bool, interrupted: str = "interrupted", not_written: str = GO_ON) -> int:
+def guarded(work: Callable[[], int], debug: bool, interrupted: str = "interrupted", not_written: str = PERMIT) -> int:
     """The exit code of `work()`. An error takes one line on stderr, with `debug` its traceback; Ctrl-C says so."""
     try:
         return work()
@@ -338,7 +347,7 @@ def reader_left() -> int:
     return 128 + 13
 
 
-def one_line(error: Exception, not_written: str = GO_ON) -> str:
+def one_line(error: Exception, not_written: str = PERMIT) -> str:
     """What, where and what to do, in one line; `not_written` is what to do about a full or forbidden disk."""
     text = str(error).strip()
     if "Original Traceback" in text:  # from a loader's worker: its last line is the error
@@ -347,7 +356,9 @@ def one_line(error: Exception, not_written: str = GO_ON) -> str:
     if type(error) is ConnectionError:  # of a download; not a broken pipe
         text += "; connect to the network, put the files under --data-dir, or use --dataset digits"
     elif isinstance(error, OSError) and error.errno in NOT_WRITTEN:
-        text = f"{error.filename or 'the output directory'}: {error.strerror}; {not_written}"
+        text = f"{error.filename or 'the output directory or standard output'}: {error.strerror}; {not_written}"
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
     if not isinstance(error, (ValueError, OSError, ImportError, NonFiniteLoss)):
         text = f"{type(error).__name__}: {text[:300]} (--debug shows where)"
     return printable(text)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from torchbasics.checkpoint import bare_model, bare_state_dict, check_weights, load_weights
+from torchbasics.checkpoint import bare_model, bare_state_dict, fitting_weights, load_weights
 
 STRATEGIES = ("ddp", "fsdp")
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -256,8 +256,8 @@ def load_full_weights(model: nn.Module, weights: dict[str, Tensor], where: str) 
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    check_weights(model.state_dict(), weights, where)
-    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
+    weights = fitting_weights(model, weights, where)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
 
 
 def _by_index(state: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import datetime
 import math
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -31,17 +32,18 @@ from torchbasics.trainer import NonFiniteLoss, Trainer
 class Report:
     """The table, a line per epoch; on a terminal a progress line below it; metrics.jsonl and run.json beside it."""
 
-    def __init__(self, args: argparse.Namespace, data: Loaders, run: RunDirectory) -> None:
-        self.args, self.run, self.samples = args, run, data.facts["samples"][0]
+    def __init__(self, args: argparse.Namespace, data: Loaders, run: RunDirectory, began: float) -> None:
+        self.args, self.run, self.samples, self.began = args, run, data.facts["samples"][0], began
         self.session: dict[str, Any] = {
             "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "command": shlex.join(sys.argv),
             "train_seconds": 0.0,
+            "total_seconds": 0.0,
             "samples": 0,
         }
         run.info.setdefault("sessions", []).append(self.session)
         self.steps_per_epoch = len(data.train)
-        self.live = sys.stderr.isatty() and not args.quiet
+        self.live = sys.stderr is not None and sys.stderr.isatty() and not args.quiet
         self.epoch_began = self.drawn = time.monotonic()
         self.first_batch = 0
 
@@ -57,7 +59,9 @@ class Report:
         )
         if self.args.resume:
             self.say(
-                f"resumed from {resumed_from.name}: epoch {trainer.epoch + 1}, batch {trainer.batch + 1}"
+                f"resumed from {resumed_from.name}: all {self.args.epochs} epochs are done already"
+                if resumed_from and trainer.epoch >= self.args.epochs
+                else f"resumed from {resumed_from.name}: epoch {trainer.epoch + 1}, batch {trainer.batch + 1}"
                 if resumed_from
                 else "nothing was saved before the interruption: starting at step 0"
             )
@@ -105,6 +109,7 @@ class Report:
         samples = max(done - before, 0)
         self.session["train_seconds"] += seconds
         self.session["samples"] += samples
+        self.session["total_seconds"] = time.monotonic() - self.began
         self.epoch_began, self.first_batch = time.monotonic(), 0
         return samples, seconds
 
@@ -189,16 +194,20 @@ def score(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> dict[str, 
     }
 
 
-def summary(args: argparse.Namespace, data: Loaders, trainer: Trainer, run: RunDirectory) -> dict[str, Any]:
+def summary(args: argparse.Namespace, data: Loaders, trainer: Trainer, report: Report) -> dict[str, Any]:
     """What run.json says of the training itself, over all sessions of the run."""
     assert trainer.best_epoch is not None  # judge has seen to that
-    seconds = sum(session["train_seconds"] for session in run.info["sessions"])
-    samples = sum(session["samples"] for session in run.info["sessions"])
+    report.session["total_seconds"] = time.monotonic() - report.began
+    sessions = report.run.info["sessions"]
+    seconds, total, samples = (
+        sum(session.get(name, 0) for session in sessions) for name in ("train_seconds", "total_seconds", "samples")
+    )
     return {
         "best_val_accuracy": trainer.history["val_acc"][trainer.best_epoch],
         "best_epoch": trainer.best_epoch + 1,
         "epochs_run": trainer.epoch,
         "train_seconds": seconds,
+        "total_seconds": total,
         "samples_per_second": samples / seconds if seconds else 0.0,
         "stopped_because": trainer.early_stopping.reason if trainer.stopped_early else f"all {args.epochs} epochs done",
         "skipped_steps": trainer.skipped,
@@ -229,11 +238,17 @@ def print_result(result: dict[str, Any], run: RunDirectory, notice: str, launche
         for name, rest in (("predict", " digit.png"), ("export", "")):
             script = Path(sys.argv[0]).with_name(f"{name}.py")
             if script.is_file():  # not beside a copy of the training script alone
-                command = shlex.join([Path(sys.executable).name, str(script), "--checkpoint"])
+                command = shlex.join([python(), str(script), "--checkpoint"])
                 lines.append(f"{name + ':':9} {command} {best}{rest}")
         print("\n".join(map(printable, lines)))
     if notice:
         print(printable(notice))
+
+
+def python() -> str:
+    """What starts this interpreter: its name where that finds it, else its path."""
+    name = Path(sys.executable).name
+    return name if shutil.which(name) == sys.executable else sys.executable
 
 
 def unused_directory(dataset: str) -> Path:
