@@ -491,7 +491,7 @@ def load_data(facts: Facts, args: argparse.Namespace) -> Data:
         return real_data(facts, args)
     if facts.shape == (1, 28, 28):
         mean, std = torch.tensor(facts.mean), torch.tensor(facts.std)
-        counts = 60_000 if args.fine_tune else args.calibration, DRAWN
+        counts = 60_000 if args.fine_tune and facts.dataset == "digits" else args.calibration, DRAWN
         (images, labels), (test, targets) = (tb.draw_digits(count, seed) for seed, count in enumerate(counts))
         inputs, calibration = ((part.float() / 255 - mean) / std for part in (test, images[: args.calibration]))
         if facts.dataset != "digits":

@@ -5,7 +5,7 @@
 
     in_processes(2, work, 10)  # [10.0, 10.0]
 
-They are forked from a small process of their own that has imported torch only: a fork of the tests' process would have
+They are forked from a small process of their own that has only imported: a fork of the tests' process would have
 no threads of OpenMP, of autograd's engine or of CUDA, where these have run before. The store is in the tests' process,
 as that of torchrun is in its agent, so that it outlives every rank.
 """
@@ -36,8 +36,10 @@ from torchbasics import distributed
 
 AVAILABLE = "forkserver" in multiprocessing.get_all_start_methods() and dist.is_available() and dist.is_gloo_available()
 needs_processes = unittest.skipUnless(AVAILABLE, "needs multiprocessing's forkserver, and torch.distributed with gloo")
-# what the functions need anyway, so that it is imported once: an optimizer's first step imports torch._dynamo
-PRELOAD = ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torchbasics"]
+# what the functions need anyway, so that it is imported once: an optimizer's first step imports torch._dynamo, and the
+# modules that they are in are most of what is left
+PRELOAD = ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+           *(f"tests.test_{name}" for name in ("distributed", "parallel", "train_ddp", "trainer"))]  # fmt: skip
 
 
 class Outcome(NamedTuple):

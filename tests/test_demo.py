@@ -433,12 +433,13 @@ class Stopped(unittest.TestCase):
         self.assertEqual((process.returncode, err), (130, b""))
 
     def test_a_reader_that_leaves_is_no_failure_of_a_section(self) -> None:
-        for argv in (("--debug",), ("--help",)):
+        started = {argv: self.start(0, argv) for argv in ("--debug", "--help")}  # both at once
+        for process in started.values():
+            assert process.stdout is not None
+            process.stdout.close()
+            process.stdout = None
+        for argv, process in started.items():
             with self.subTest(argv):
-                process = self.start(0, *argv)
-                assert process.stdout is not None
-                process.stdout.close()
-                process.stdout = None
                 _, err = process.communicate(timeout=60)
                 self.assertEqual((process.returncode, err), (141, b""))
 

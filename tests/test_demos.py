@@ -134,46 +134,60 @@ class NnDemo(DemoTests, unittest.TestCase):
 
 
 class AnyPlace(unittest.TestCase):
-    """As a program: from any directory, and copied beside a copy of the package."""
+    """As a program: from any directory, and copied beside a copy of the package; all are started at once."""
 
-    def run_script(self, script: Path, *argv: str) -> str:
+    folder: Path
+    started: dict[str, subprocess.Popen]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.folder = Path(tempfile.mkdtemp())
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        copied = cls.folder / "project"
+        copied.mkdir()
+        shutil.copy(ROOT / "scripts" / "tensor_demo.py", copied)
+        shutil.copytree(ROOT / "torchbasics", copied / "torchbasics", ignore=shutil.ignore_patterns("__pycache__"))
+        cls.started = {}
+        cls.start("bare", ROOT / "scripts" / "autograd_demo.py", *CPU, "--section", "slope.scalar")
+        cls.start("left", ROOT / "scripts" / "tensor_demo.py", "--list")  # short: fails at the last flush
+        cls.start("copied", copied / "tensor_demo.py", *CPU, "--section", "create.lists")
+        cls.started["left"].stdout.close()  # type: ignore[union-attr]
+        cls.started["left"].stdout = None
+
+    @classmethod
+    def start(cls, name: str, script: Path, *argv: str) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        environment["PYTHONDONTWRITEBYTECODE"] = "1"
-        with tempfile.TemporaryDirectory() as elsewhere:
-            command = [sys.executable, str(script), *argv]
-            done = subprocess.run(
-                command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120, check=False
-            )
-            self.assertEqual(os.listdir(elsewhere), [])
-        self.assertEqual(done.returncode, 0, done.stderr)
-        return done.stdout
+        environment |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": ""}
+        elsewhere = cls.folder / f"elsewhere-{name}"
+        elsewhere.mkdir()
+        process = subprocess.Popen(
+            [sys.executable, str(script), *argv],
+            cwd=elsewhere,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        cls.started[name] = process
+        cls.addClassCleanup(process.communicate)
+        cls.addClassCleanup(process.kill)
+
+    def output(self, name: str) -> str:
+        out, err = self.started[name].communicate(timeout=120)
+        self.assertEqual(os.listdir(self.folder / f"elsewhere-{name}"), [])
+        self.assertEqual(self.started[name].returncode, 0, err)
+        return out
 
     def test_from_a_bare_checkout(self) -> None:
-        out = self.run_script(ROOT / "scripts" / "autograd_demo.py", *CPU, "--section", "slope.scalar")
-        self.assertIn("1 of 1 sections passed, 3 values checked", out)
+        self.assertIn("1 of 1 sections passed, 3 values checked", self.output("bare"))
 
     @unittest.skipUnless(os.name == "posix", "closes a pipe")
     def test_a_reader_that_leaves_early(self) -> None:
-        command = [sys.executable, str(ROOT / "scripts" / "tensor_demo.py"), "--list"]  # short: fails at the last flush
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": ""}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-        assert process.stdout is not None
-        process.stdout.close()
-        process.stdout = None
-        try:
-            _, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
-        self.assertEqual((process.returncode, err), (141, b""))
+        _, err = self.started["left"].communicate(timeout=120)
+        self.assertEqual((self.started["left"].returncode, err), (141, ""))
 
     def test_copied_beside_a_copy_of_the_package(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            copied = Path(folder) / "project"
-            copied.mkdir()
-            shutil.copy(ROOT / "scripts" / "tensor_demo.py", copied)
-            shutil.copytree(ROOT / "torchbasics", copied / "torchbasics", ignore=shutil.ignore_patterns("__pycache__"))
-            out = self.run_script(copied / "tensor_demo.py", *CPU, "--section", "create.lists")
-        self.assertIn("1 of 1 sections passed", out)
+        self.assertIn("1 of 1 sections passed", self.output("copied"))
 
 
 if __name__ == "__main__":

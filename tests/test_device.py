@@ -144,14 +144,14 @@ class Precision(unittest.TestCase):
 
 
 class CpuMemory(unittest.TestCase):
-    # Page faults of twenty rounds of a few blocks above 32 MiB, which glibc maps anew each time.
+    # Page faults of four rounds of a few blocks above 32 MiB, which glibc maps anew each time.
     ROUNDS = """
 import resource, torch
 from torchbasics import cache_cpu_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(4):
         blocks = [torch.ones(9 << 20) for _ in range(4)]
         del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import functools
 import importlib
 import importlib.util
 import io
@@ -41,6 +42,7 @@ class Doctests(unittest.TestCase):
             self.assertTrue(found, name)
 
 
+@functools.cache  # a dozen commands draw the same ones
 def few_digits(count: int, seed: int = 0, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
     return draw_digits(max(count // 50, 200), seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -34,6 +35,7 @@ FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "extractall", "unpac
 FORBIDDEN_KEYWORDS = {("weights_only", "False"), ("shell", "True"), ("allow_pickle", "True")}
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 

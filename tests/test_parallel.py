@@ -641,11 +641,13 @@ class UnequalLoaders(ParallelCase):
                 self.assert_close(found["loss"], loss)
 
     def test_in_evaluation_too(self) -> None:
+        means = []
         for strategy in ("ddp", "fsdp"):
-            with self.subTest(strategy):
-                found = in_processes(3, unequal, strategy, True, timeout=10.0)
-                self.assertEqual(len({one["validated"] for one in found}), 1)
-                self.assertGreater(found[0]["validated"][1], 0.2)
+            found = in_processes(3, unequal, strategy, True, timeout=10.0)
+            self.assertEqual(len({one["validated"] for one in found}), 1)
+            means.append(found[0]["validated"])
+        self.assertGreater(means[0][1], 0.2)
+        self.assert_close(means[1], means[0])  # DDP needs no empty batches; FSDP's count nothing
 
     def test_a_process_without_any_batch_says_so(self) -> None:
         found = in_processes(2, no_batch, timeout=10.0)

@@ -153,7 +153,7 @@ class HandsOver(InFolder):
                 "print(profile.__file__, profile.__name__, 'torch' in sys.modules)")
         started = {"cProfile": self.start("-c", code), "beside": self.start(str(self.folder / "beside.py"))}
         started |= {name: self.start(str(SCRIPT.parent / f"{name}.py"), "--help")
-                    for name in ("train_mnist", "env_check", "profile")}
+                    for name in ("env_check", "profile")}  # train_mnist runs in test_train_mnist
         out = {}
         for name, process in started.items():
             out[name], errors = process.communicate(timeout=180)
@@ -463,7 +463,8 @@ class Command(InFolder):
         return code, out.getvalue(), errors.getvalue()
 
     def test_a_slow_loader_the_files_and_the_comparison(self) -> None:
-        slow = ["--model", "simplenet", "--batch-size", "16", "--active", "4", "--loader-delay", "40"]
+        slow = ["--model", "simplenet", "--batch-size", "16", "--loader-delay", "20", "--wait", "0", "--warmup", "1",
+                "--active", "4"]
         code, out, errors = self.run_main(*slow, "--output", "first")
         self.assertEqual((code, errors), (0, ""))
         self.assertTrue(out.startswith("verdict: data-bound: "), out[:200])
@@ -488,9 +489,9 @@ class Command(InFolder):
         self.assertIn("against first/report.json:\nnothing changed by more than 10000%", out)
 
     def check_report(self, report: dict[str, Any]) -> None:
-        self.assertGreaterEqual(report["p50"], 0.04)
+        self.assertGreaterEqual(report["p50"], 0.02)
         self.assertGreaterEqual(report["p95"], report["p50"])
-        self.assertGreaterEqual(report["split"]["data"], 0.04)
+        self.assertGreaterEqual(report["split"]["data"], 0.02)
         parts = sum(report["split"][name] for name in (*script.PHASES, "rest"))
         self.assertAlmostEqual(parts / report["split"]["step"], 1.0, places=6)
         self.assertGreaterEqual(report["split"]["rest"], 0.0)

@@ -138,6 +138,9 @@ class DdpCase(test_train_mnist.ScriptCase):
 
 
 class OneProcess(DdpCase):
+    def test_each_option_reaches_the_trainer(self) -> None:
+        self.check_options(script)
+
     def test_it_trains_what_train_mnist_trains(self) -> None:
         """Bit for bit, with dropout, BatchNorm, augmentation, averages, accumulation."""
         more = ("--model", "mlp", "--ema", 0.9, "--accumulate", 2, "--clip-norm", 1, "--patience", 4)

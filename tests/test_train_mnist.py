@@ -127,6 +127,32 @@ class ScriptCase(unittest.TestCase):
             script.Report, "on_step_end", lambda report, t: t.step == step and os.kill(os.getpid(), signal.SIGTERM)
         )
 
+    def check_options(self, module: Any) -> None:
+        """What `build_trainer` of a training script makes of each option of the recipe."""
+        argv = (
+            "--dataset digits --val-size 40 --batch-size 32 --device cpu --label-smoothing 0.1 --clip-norm 2 "
+            "--clip-value 0.5 --weight-decay 0.01 --lr 0.02 --optimizer sgd --schedule step --accumulate 2 --ema 0.9 "
+            "--precision bf16 --compile max-autotune --nan-policy skip --patience 4 --min-delta 0.1 --save-every 3 "
+            "--keep 5"
+        )
+        args = module.parse_args(argv.split())
+        data, cpu = module.load_data(args, torch.device("cpu")), torch.device("cpu")
+        with mock.patch.object(torch.nn.Module, "compile") as compiled:
+            made = module.build_trainer(args, data, cpu, self.folder / "checkpoints")
+        trainer = made[0] if isinstance(made, tuple) else made
+        compiled.assert_called_once_with(mode="max-autotune")
+        group = trainer.optimizer.param_groups[0]
+        self.assertIsInstance(trainer.optimizer, torch.optim.SGD)
+        self.assertEqual((group["initial_lr"], group["weight_decay"], trainer.scheduler_interval), (0.02, 0.01, "step"))
+        self.assertEqual(
+            (trainer.criterion.label_smoothing, trainer.clip_norm, trainer.clip_value, trainer.accumulate),
+            (0.1, 2.0, 0.5, 2),
+        )
+        self.assertEqual((trainer.precision, trainer.memory_format), ("bf16", torch.channels_last))
+        self.assertEqual((trainer.nan_policy, trainer.save_every, trainer.checkpoints.keep), ("skip", 3, 5))
+        self.assertEqual((trainer.early_stopping.patience, trainer.early_stopping.delta), (4, 0.1))
+        self.assertIsNotNone(trainer.averages)
+
     def info(self, run: Path) -> dict[str, Any]:
         return json.loads((run / "run.json").read_text())
 
@@ -250,6 +276,16 @@ class ARun(ScriptCase):
         quiet = self.main(*self.SMALL, "--output", self.folder / "quiet", "--quiet")
         self.assertNotIn("train loss", quiet.out)
         self.assertIn("test ", quiet.out)
+
+    def test_each_option_reaches_the_trainer(self) -> None:
+        self.check_options(script)
+
+    def test_anomaly_mode_is_on_in_the_training(self) -> None:
+        seen: list[bool] = []
+        with mock.patch.object(script.Report, "on_step_end", lambda *_: seen.append(torch.is_anomaly_enabled())):
+            self.small("plain", "--epochs", 1)
+            self.small("watched", "--epochs", 1, "--anomaly")
+        self.assertEqual(seen, [False] * 7 + [True] * 7)
 
     def test_all_options_together_train(self) -> None:
         run = self.small(

@@ -11,8 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import unittest
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, St
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.processes import needs_processes, outcomes
 from torchbasics.checkpoint import CheckpointError, load_checkpoint
 from torchbasics.data import RandomAffine, TensorLoader
 from torchbasics.early_stopping import EarlyStopping
@@ -34,7 +33,6 @@ from torchbasics.evaluation import compute_accuracy, evaluate, predict
 from torchbasics.optim import averaged_copy
 from torchbasics.trainer import Interrupted, NonFiniteLoss, Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -171,6 +169,18 @@ class PlainLoop(TrainerCase):
     def test_skip_policy_and_channels_last_change_nothing(self) -> None:
         self.compare(nan_policy="skip")
         self.compare(nan_policy="ignore", channels_last=True)
+
+    def test_channels_last_is_the_layout_of_images_and_of_convolutions(self) -> None:
+        seen: list[bool] = []
+        for wanted in (False, True):
+            model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 3))
+            for tensor in (lambda inputs: inputs[0], lambda _, conv=model[0]: conv.weight):
+                model.register_forward_pre_hook(lambda _, inputs, tensor=tensor: seen.append(
+                    tensor(inputs).is_contiguous(memory_format=torch.channels_last)))
+            images = [(torch.randn(4, 3, 8, 8), torch.arange(4) % 3)]
+            trainer = Trainer(model, nn.CrossEntropyLoss(), sgd(model), channels_last=wanted)
+            trainer.fit(images, images, 1, verbose=False)
+        self.assertEqual(seen, [False] * 4 + [True] * 4)  # image and weight, in training and in validation
 
     def test_fit_twice_trains_on(self) -> None:
         once, twice = network(), network()
@@ -1310,30 +1320,24 @@ class Signals(TrainerCase):
                 model, nn.CrossEntropyLoss(), sgd(model), checkpoint_dir=self.folder, on_step_end=[lambda t: 1 / 0]
             ).fit(classes(), num_epochs=1, verbose=False)
 
+    @needs_processes
     def test_a_second_signal_ends_at_once(self) -> None:
-        program = """if True:
-            import os, signal, sys, torch
-            from torch import nn
-            from torchbasics.trainer import Trainer
-            def twice(trainer):
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)
-                print("still here", flush=True)
-            model = nn.Linear(2, 2)
-            batches = [(torch.zeros(4, 2), torch.zeros(4).long())] * 3
-            sgd, folder = torch.optim.SGD(model.parameters()), sys.argv[1]
-            Trainer(model, nn.CrossEntropyLoss(), sgd, checkpoint_dir=folder, on_step_end=[twice]).fit(batches)
-            """
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(self.folder)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        self.assertEqual(done.returncode, -signal.SIGTERM, done.stderr)
-        self.assertEqual(done.stdout, "")
+        [done] = outcomes(1, signalled_twice, str(self.folder), group=False)
+        self.assertEqual((done.code, done.said), (-signal.SIGTERM, ""))
+
+
+def signalled_twice(rank: int, folder: str) -> None:
+    """Trains in a process of its own, which gets SIGTERM twice after its first step."""
+
+    def twice(trainer: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("still here", flush=True)
+
+    model = nn.Linear(2, 2)
+    batches = [(torch.zeros(4, 2), torch.zeros(4).long())] * 3
+    sgd = torch.optim.SGD(model.parameters())
+    Trainer(model, nn.CrossEntropyLoss(), sgd, checkpoint_dir=folder, on_step_end=[twice]).fit(batches)
 
 
 class Refusals(TrainerCase):
@@ -1397,6 +1401,7 @@ class Compiled(TrainerCase):
             )
             trainer.fit(classes(16, 8), num_epochs=1, verbose=False)
             results.append(trainer)
+            self.assertEqual(model._compiled_call_impl is not None, compile)  # torch's own note that it is
         torch.testing.assert_close(results[1].model.state_dict(), results[0].model.state_dict())
         state = load_checkpoint(results[1].checkpoints.steps()[-1][1])
         self.assertEqual(state["model_state_dict"].keys(), results[0].model.state_dict().keys())

@@ -263,10 +263,7 @@ def tell(key: str, value: str | None = None) -> str | None:
         return value
     if is_main():
         _store.set(f"told/{key}", value or "")
-    while not _store.check([f"told/{key}"]):
-        if _store.check(["cause"]):
-            raise OtherRankFailed("another rank failed")
-        time.sleep(0.05)
+    _until(lambda: _store.check([f"told/{key}"]))
     return _store.get(f"told/{key}").decode()
 
 
@@ -275,7 +272,11 @@ def wait_for_all(key: str) -> None:
     if _store is None:
         return
     _store.add(f"came/{key}", 1)
-    while _store.add(f"came/{key}", 0) < world_size():
+    _until(lambda: _store.add(f"came/{key}", 0) >= world_size())
+
+
+def _until(done: Callable[[], bool]) -> None:
+    while not done():
         if _store.check(["cause"]):
             raise OtherRankFailed("another rank failed")
         time.sleep(0.05)

@@ -11,7 +11,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
 SCHEDULES = ("constant", "step", "cosine", "onecycle", "plateau")
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
@@ -40,23 +46,17 @@ def make_optimizer(
     trainable = [p for p in params if p.requires_grad]
     if not trainable:
         raise ValueError("no parameter requires a gradient; unfreeze at least one layer")
-    classes: dict[str, Callable[..., Optimizer]] = {
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "sgd": torch.optim.SGD,
-        "rmsprop": torch.optim.RMSprop,
-        "adagrad": torch.optim.Adagrad,
-    }
+    kind = OPTIMIZERS[name]
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     if name in ("sgd", "rmsprop"):
         options["momentum"] = momentum
     if name == "sgd" and momentum:
         options["nesterov"] = True
-    if classes[name] in FUSED and _can_fuse(classes[name], trainable):
+    if kind in FUSED and _can_fuse(kind, trainable):
         options["fused"] = True
-    elif capturable and classes[name] in CAPTURABLE and all(p.device.type == "cuda" for p in trainable):
+    elif capturable and kind in CAPTURABLE and all(p.device.type == "cuda" for p in trainable):
         options["capturable"] = True
-    return classes[name](trainable, **options)
+    return kind(trainable, **options)
 
 
 def _can_fuse(optimizer: Callable[..., Optimizer], params: list[torch.nn.Parameter]) -> bool:
