@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 import torchbasics as tb
 from torchbasics import options
-from torchbasics.checkpoint import fitting_weights, write_durably, write_json
+from torchbasics.checkpoint import fitting_weights, load_weights_file, write_durably, write_json
 from torchbasics.data import NORMALISATION
 from torchbasics.loaders import make_loaders
 from torchbasics.mnist import CLASSES, FOLDERS, missing_files
@@ -389,7 +389,7 @@ FORMATS: dict[str, Callable[[Task, Path], Made]] = {
 def load_source(args: argparse.Namespace) -> tuple[nn.Module, Facts]:
     """The network in evaluation mode, and its facts; the file verified, or with --model a plain state_dict."""
     path = Path(args.checkpoint) if args.checkpoint else None
-    checkpoint = load_file(path, args.model) if path else {}
+    checkpoint = load_weights_file(path, plain=args.model is not None) if path else {}
     state, metadata = checkpoint.get("model_state_dict", {}), checkpoint.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
     facts = read_facts(path, metadata) if "classes" in metadata else None
@@ -411,24 +411,6 @@ def load_source(args: argparse.Namespace) -> tuple[nn.Module, Facts]:
     content = path.read_bytes() if path else state_bytes(model)
     source = {"checkpoint": path.name if path else None, "sha256": hashlib.sha256(content).hexdigest()}
     return model, facts._replace(model=name, source=source)
-
-
-def load_file(path: Path, name: str | None) -> dict[str, Any]:
-    """A verified checkpoint; if a model is named and the file has no record, its state_dict, of tensors only."""
-    if os.path.lexists(f"{path}.json") or not path.exists():
-        return tb.load_checkpoint(path)
-    if name is None:
-        raise tb.CheckpointError(f"{path}: its record {path.name}.json is missing; bring that too if it is a checkpoint "
-                                 "of train_mnist, or give --model NAME if it is a plain state_dict")
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
-        state = state.get("model_state_dict", state)
-        if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("names and tensors only")
-    except Exception as error:  # torch's own text begins with how to load it all the same
-        reason = f"damaged, or no state_dict ({type(error).__name__})"
-        raise tb.CheckpointError(f"{path}: {reason}; use another file") from error
-    return {"model_state_dict": state}
 
 
 def build_own(name: str) -> nn.Module:

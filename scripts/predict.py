@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 import torchbasics as tb
 from torchbasics import images, options
-from torchbasics.checkpoint import fitting_weights
+from torchbasics.checkpoint import fitting_weights, load_weights_file
 from torchbasics.data import NORMALISATION
 from torchbasics.mnist import CLASSES
 from torchbasics.models import MODELS
@@ -110,13 +110,7 @@ def mnist_facts(classes: int = 10) -> Facts:
 
 def load_member(path: Path, name: str | None, device: torch.device) -> Member:
     """The model of a checkpoint, its file verified; with `name` also that of a plain state_dict without a record."""
-    if os.path.lexists(f"{path}.json") or not path.exists():
-        checkpoint = tb.load_checkpoint(path)
-    elif name is None:
-        raise tb.CheckpointError(f"{path}: its record {path.name}.json is missing; bring that too if it is a checkpoint "
-                                 "of train_mnist, or give --model NAME if it is a plain state_dict")
-    else:
-        checkpoint = {"model_state_dict": load_plain(path)}
+    checkpoint = load_weights_file(path, plain=name is not None)
     state, metadata = checkpoint["model_state_dict"], checkpoint.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
     name = name or metadata.get("model")
@@ -133,20 +127,6 @@ def load_member(path: Path, name: str | None, device: torch.device) -> Member:
     model = tb.make_model(name, *shape)
     tb.load_weights(model, state, str(path))
     return Member(model.to(device).eval(), facts, device)
-
-
-def load_plain(path: Path) -> dict[str, Tensor]:
-    """A state_dict without a record, so its content is not verified; never anything but tensors."""
-    try:
-        with images.open_regular(path) as file:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        state = state.get("model_state_dict", state)
-        if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("names and tensors only")
-    except Exception as error:  # torch's own text begins with how to load it all the same
-        reason = getattr(error, "strerror", None) or f"damaged, or no state_dict ({type(error).__name__})"
-        raise tb.CheckpointError(f"{path}: {reason}; use another file") from error
-    return state
 
 
 def load_artifact(path: Path, trust: bool) -> Member:

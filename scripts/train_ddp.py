@@ -44,7 +44,7 @@ import torchbasics as tb
 from torchbasics import distributed, options, parallel
 from torchbasics.device import branched_random_state, device_name, random_state, set_random_state
 from torchbasics.loaders import Loaders, make_loaders
-from torchbasics.report import Report, judge, metrics, print_result, summary, unused_directory, write_description
+from torchbasics.report import Report, judge, print_result, summary, unused_directory
 
 # -------------------------------------------------------------------------------------------------- model and trainer
 
@@ -232,7 +232,10 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
     trainer, clock = build_trainer(args, data, device, checkpoints)
     start = trainer.resume() if args.resume else None
     processes = name_processes(device, threads)
-    report = begin_report(args, data, trainer, run, start, processes, began) if run is not None else None
+    report = None
+    if run is not None:
+        report = Report(args, data, run, began)
+        report.begin(trainer, start, tb.__version__, processes)
     communication = Communication(report, clock)
     if distributed.world_size() > 1:
         trainer.on_epoch_end += (communication.on_epoch_end,)
@@ -288,22 +291,6 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Loaders:
             raise ValueError(f"{args.data_dir}: rank {rank} has other data there than rank {distributed.rank()}; "
                              "give all machines the same files")
     return data
-
-
-def begin_report(
-    args: argparse.Namespace, data: Loaders, trainer: tb.Trainer, run: tb.RunDirectory, start: Path | None,
-    processes: str, began: float) -> Report:
-    """What rank 0 alone does before the first step."""
-    metrics_file = run.path / "metrics.jsonl"
-    if args.resume and start is None and metrics_file.is_file() and metrics_file.stat().st_size:
-        raise tb.CheckpointError(f"{run.checkpoints}: the run was further, and its checkpoints are gone; "
-                                 "--overwrite starts it again")
-    report = Report(args, data, run, began)
-    write_description(args, data, trainer, run, tb.__version__, processes=processes)
-    run.write_metrics(metrics(trainer))
-    trainer.on_step_end, trainer.on_epoch_end = (report.on_step_end,), (report.on_epoch_end,)
-    report.introduce(data, trainer, start, processes)
-    return report
 
 
 if __name__ == "__main__":

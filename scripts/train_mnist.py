@@ -31,17 +31,7 @@ from torchbasics.device import preserved_random_state
 from torchbasics.evaluation import to_device
 from torchbasics.loaders import Loaders, make_loaders
 from torchbasics.mnist import import_torchvision
-from torchbasics.report import (
-    Report,
-    judge,
-    metrics,
-    print_result,
-    python,
-    score,
-    summary,
-    unused_directory,
-    write_description,
-)
+from torchbasics.report import Report, judge, print_result, python, score, summary, unused_directory
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Loaders:
@@ -199,17 +189,10 @@ def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextl
         run = stack.enter_context(tb.RunDirectory(output, overwrite=args.overwrite))
     data = data._replace(notice=run.info.get("notice") or data.notice)  # resumed: the data set that was chosen then
     start = trainer.resume() if args.resume else None
-    metrics_file = run.path / "metrics.jsonl"
-    if args.resume and start is None and metrics_file.is_file() and metrics_file.stat().st_size:
-        raise tb.CheckpointError(f"{run.checkpoints}: the run was further, and its checkpoints are gone; "
-                                 "--overwrite starts it again")
     report = Report(args, data, run, began)
-    write_description(args, data, trainer, run, tb.__version__)
-    run.write_metrics(metrics(trainer))
-    trainer.on_step_end, trainer.on_epoch_end = (report.on_step_end,), (report.on_epoch_end,)
     if args.tensorboard:
-        trainer.on_epoch_end += (tensorboard(run, trainer, data),)
-    report.introduce(data, trainer, start)
+        trainer.on_epoch_end = (tensorboard(run, trainer, data),)
+    report.begin(trainer, start, tb.__version__)
     try:
         trainer.fit(data.train, data.val, args.epochs, verbose=False)
     except tb.Interrupted:

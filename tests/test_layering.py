@@ -21,7 +21,7 @@ MAY_IMPORT = {
     },
     "cuda_graph": {"evaluation"},
     "evaluation": {"device", "distributed", "position"},
-    "parallel": {"checkpoint"},
+    "parallel": {"checkpoint", "distributed"},
     # what the training scripts share stands on all of the rest
     "loaders": {"data", "mnist"},
     "options": {"checkpoint", "cuda_graph", "loaders", "models", "optim", "trainer"},

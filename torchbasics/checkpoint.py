@@ -339,6 +339,31 @@ def check_schema(checkpoint: Any, path: str | os.PathLike) -> dict[str, Any]:
     return checkpoint
 
 
+def load_weights_file(path: str | os.PathLike, plain: bool = False) -> dict:
+    """A verified checkpoint; with `plain` also a state_dict that has no record, as {"model_state_dict": tensors}.
+
+    The content of such a file is not verified, but never anything other than tensors. Raises CheckpointError.
+    """
+    path = Path(path)
+    if os.path.lexists(_record_path(path)) or not path.exists():
+        return load_checkpoint(path)
+    if not plain:
+        raise CheckpointError(
+            f"{path}: its record {path.name}.json is missing; bring that too if it is a checkpoint of train_mnist, "
+            "or give --model NAME if it is a plain state_dict"
+        )
+    try:
+        with _open_regular(path) as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = state.get("model_state_dict", state)
+        if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise TypeError("names and tensors only")
+    except Exception as error:  # torch's own text begins with how to load it all the same
+        reason = getattr(error, "strerror", None) or f"damaged, or no state_dict ({type(error).__name__})"
+        raise CheckpointError(f"{path}: {reason}; use another file") from error
+    return {"model_state_dict": state}
+
+
 def bare_model(model: torch.nn.Module) -> torch.nn.Module:
     """The module inside the wrappers of DataParallel, DistributedDataParallel and torch.compile, at any nesting."""
     wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)

@@ -212,7 +212,7 @@ class Augmentation(Protocol):
         """Random numbers for `count` samples, (count, …), on the generator's device."""
 
     def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
-        """`inputs` float (B, …) changed as `draws` (B, …) say."""
+        """`inputs` float (B, …), of images from 0 to 255, changed as `draws` (B, …) say."""
 
 
 class RandomAffine:
@@ -261,10 +261,10 @@ def _pixel_centres(height: int, width: int, device: torch.device) -> tuple[Tenso
 class TensorLoader:
     """Batches of a data set that lies in memory, on the training device, as two tensors.
 
-    Yields `(inputs, targets)`. uint8 inputs are taken as images: converted to float32 on the scale 0 to 1, augmented,
-    and normalised by `mean` and `std` (one number a channel); others pass as they are. A whole batch is cut by one
-    indexing operation: no worker, no collating, no copy from the host. `rank` and `world_size` default to those of the
-    process.
+    Yields `(inputs, targets)`. uint8 inputs are taken as images: made float32 from 0 to 255, augmented, brought to the
+    scale 0 to 1 and normalised by `mean` and `std` (one number a channel); others pass as they are. A whole batch is
+    cut by one indexing operation: no worker, no collating, no copy from the host. `rank` and `world_size` default to
+    those of the process.
 
     >>> loader = TensorLoader(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10), batch_size=4)
     >>> [tuple(inputs.shape) for inputs, targets in loader]

@@ -22,7 +22,7 @@ __all__ = ["draw_digits"]
 SIDE = 28  # pixels, of an image
 BOX = 20  # pixels, of the box that the ink fills
 CHUNK = 500  # images drawn from one generator
-PARTS = 50  # images rendered at a time: few enough that the distances stay in the processor's cache
+PART = 50  # images rendered at a time: few enough that the distances stay in the processor's cache
 POINTS = 96  # pen positions along one digit
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -368,12 +368,12 @@ def _draw_chunk(labels: Tensor, noise: _Noise) -> Tensor:
     path = _bend(_path(labels, noise), labels, noise)
     path, radius = _fit(path, _pen(labels, noise))
     soft = 0.9 + 0.4 * noise.uniform()
-    parts = zip(path.split(PARTS), radius.split(PARTS), soft.split(PARTS), strict=True)
+    parts = zip(path.split(PART), radius.split(PART), soft.split(PART), strict=True)
     ink = torch.cat([_ink(*part) for part in parts])
     return _centre((ink * 255).round().to(torch.uint8))
 
 
-def _checked(count: int, seed: int, labels: Tensor | None) -> None:
+def _check(count: int, seed: int, labels: Tensor | None) -> None:
     """Raise ValueError for arguments that cannot be drawn."""
     for name, value in (("count", count), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -412,7 +412,7 @@ def draw_digits(count: int, seed: int = 0, *, labels: Tensor | None = None) -> t
     >>> images.shape, images.dtype, labels.bincount().tolist()
     (torch.Size([20, 1, 28, 28]), torch.uint8, [2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     """
-    _checked(count, seed, labels)
+    _check(count, seed, labels)
     images, drawn = [], []
     with torch.device("cpu"):  # whatever the default device is
         for start in range(0, count, CHUNK):

@@ -237,7 +237,7 @@ def _twins(plan: _Plan) -> tuple[dict[str, Tensor], dict[str, Tensor], Optimizer
 
 def _step(plan: _Plan, parameters: Any, buffers: Any, optimizer: Optimizer | None, live: LiveBytes) -> dict[str, int]:
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.precision)
-    inputs = _on_device(plan.inputs, plan.device)
+    inputs = _zeros_like(plan.inputs, plan.device)
     sizes = {"inputs": live.see(inputs)}
     before = live.now
     with torch.enable_grad(), torch.autocast(plan.device.type, dtype=half or torch.bfloat16, enabled=half is not None):
@@ -293,14 +293,14 @@ def _optimizer_of(twins: dict[int, Tensor], optimizer: Optimizer, twin: Callable
     return other
 
 
-def _on_device(value: Any, device: torch.device) -> Any:
+def _zeros_like(value: Any, device: torch.device) -> Any:
     """Zeros like the tensors in `value`."""
     if isinstance(value, Tensor):
         return torch.zeros(value.shape, dtype=value.dtype, device=device)
     if isinstance(value, dict):
-        return {key: _on_device(item, device) for key, item in value.items()}
+        return {key: _zeros_like(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(_on_device(item, device) for item in value)
+        return tuple(_zeros_like(item, device) for item in value)
     return value
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from torchbasics import distributed
 from torchbasics.checkpoint import bare_model, bare_state_dict, fitting_weights, load_weights
 
 STRATEGIES = ("ddp", "fsdp")
@@ -98,7 +99,7 @@ def part_of_step(model: nn.Module, samples: int, first: bool, last: bool) -> con
     `samples` are those of this process. Without others there is one thing to do: a single sample that is left over is
     trained on with kept statistics; as the epoch's `first` it stays torch's error, for then all batches are like it.
     """
-    if _is_parallel():
+    if distributed.world_size() > 1:
         return _part_of_step(model, samples, last)
     return kept_statistics(model, samples) if samples == 1 and not first else _NOTHING
 
@@ -163,17 +164,14 @@ def shared_buffers(model: nn.Module) -> Iterator[None]:
 
     Afterwards each process has its own again: how often one judges changes nothing.
     """
-    buffers = [buffer for buffer in bare_model(model).buffers() if buffer.numel()] if _is_parallel() else []
+    buffers = list(bare_model(model).buffers()) if distributed.world_size() > 1 else []
+    buffers = [buffer for buffer in buffers if buffer.numel()]
     own = [buffer.clone() for buffer in buffers]
     for buffer in buffers:
         dist.broadcast(buffer, src=0)
     yield
     for buffer, before in zip(buffers, own, strict=True):
         buffer.copy_(before)
-
-
-def _is_parallel() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class GradientClock:
@@ -256,8 +254,8 @@ def load_full_weights(model: nn.Module, weights: dict[str, Tensor], where: str) 
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    weights = fitting_weights(model, weights, where)
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    whole: dict[str, Any] = dict(fitting_weights(model, weights, where))
+    set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True))
 
 
 def _by_index(state: dict[str, Any]) -> dict[str, Any]:

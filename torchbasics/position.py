@@ -31,9 +31,7 @@ class LoaderPosition:
     def batches(self, loader: Iterable, epoch: int, batch: int) -> Iterator:
         """An iterator of `loader` from `batch` of `epoch` on; ValueError if the loader cannot be the same as before."""
         if go_to(loader, epoch, batch):
-            with preserved_random_state(
-                self.device
-            ):  # a DataLoader draws a seed for its workers whenever it starts them
+            with preserved_random_state(self.device):  # a DataLoader draws a seed when it starts its workers
                 return iter(loader)
         self._generators = own_generators(loader)
         return self._replay(loader, batch) if batch else self._start(loader)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchbasics.checkpoint import RunDirectory, load_checkpoint
+from torchbasics.checkpoint import CheckpointError, RunDirectory, load_checkpoint
 from torchbasics.device import device_name, synchronize
 from torchbasics.distributed import all_reduce_sums, on_main
 from torchbasics.loaders import Loaders
@@ -33,7 +33,8 @@ class Report:
     """The table, a line per epoch; on a terminal a progress line below it; metrics.jsonl and run.json beside it."""
 
     def __init__(self, args: argparse.Namespace, data: Loaders, run: RunDirectory, began: float) -> None:
-        self.args, self.run, self.samples, self.began = args, run, data.facts["samples"][0], began
+        self.args, self.data, self.run, self.began = args, data, run, began
+        self.samples = data.facts["samples"][0]
         self.session: dict[str, Any] = {
             "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "command": shlex.join(sys.argv),
@@ -47,13 +48,29 @@ class Report:
         self.epoch_began = self.drawn = time.monotonic()
         self.first_batch = 0
 
-    def introduce(self, data: Loaders, trainer: Trainer, resumed_from: Path | None, processes: str = "") -> None:
-        """What is trained on what, then the table's head."""
-        if data.notice:
-            self.say(data.notice)
-        train, val, test = data.facts["samples"]
+    def begin(self, trainer: Trainer, resumed_from: Path | None, version: str, processes: str = "") -> None:
+        """run.json, metrics.jsonl, what is trained on what, the table's head; `trainer` reports from here on.
+
+        Raises CheckpointError for a run that was further than what it is resumed from.
+        """
+        metrics_file = self.run.path / "metrics.jsonl"
+        if self.args.resume and resumed_from is None and metrics_file.is_file() and metrics_file.stat().st_size:
+            raise CheckpointError(
+                f"{self.run.checkpoints}: the run was further, and its checkpoints are gone; "
+                "--overwrite starts it again"
+            )
+        more = {"processes": processes} if processes else {}
+        write_description(self.args, self.data, trainer, self.run, version, **more)
+        self.run.write_metrics(metrics(trainer))
+        trainer.on_step_end, trainer.on_epoch_end = (self.on_step_end,), (self.on_epoch_end, *trainer.on_epoch_end)
+        self._introduce(trainer, resumed_from, processes)
+
+    def _introduce(self, trainer: Trainer, resumed_from: Path | None, processes: str) -> None:
+        if self.data.notice:
+            self.say(self.data.notice)
+        train, val, test = self.data.facts["samples"]
         self.say(
-            f"{data.facts['dataset']}: {train:,} training, {val:,} validation, {test:,} test images; "
+            f"{self.data.facts['dataset']}: {train:,} training, {val:,} validation, {test:,} test images; "
             f"{self.args.model}, {count_parameters(trainer.model):,} parameters; "
             f"{processes or device_name(trainer.device)}; {trainer.precision}"
         )

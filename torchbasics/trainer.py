@@ -1,7 +1,7 @@
 """Trainer: the loop of train, validate, save and stop, that can be interrupted anywhere and goes on exactly there.
 
-The way of one batch is `Trainer.train_one_epoch` → `_train_window` → `_optimizer_step`, one page further down. Under
-several processes each has its part of every batch, perhaps an empty one; all take the same steps and decisions.
+The way of one batch is `Trainer._train_epoch` → `_train_window` → `_gradient` → `_optimizer_step` → `_follow_step`.
+Under several processes each has its part of every batch, perhaps an empty one; all take the same steps and decisions.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Trainer:
         monitor: `val_loss` (default), `val_acc`, `train_loss` or `train_acc`: decides best epoch, plateau and stop.
         checkpoint_dir: where to save: the state after each epoch, or every `save_every` steps, of which the last `keep`
             stay; and `best.pt`. With it SIGINT and SIGTERM save at the next step, then raise Interrupted.
+        log_every: number of batches whose losses wait on the device to be read in one transfer.
         metadata: plain values stored in every checkpoint; a checkpoint with others is refused by `resume`.
         on_step_end, on_epoch_end: functions called with this Trainer.
 
@@ -172,7 +173,8 @@ class Trainer:
         self.waiting_seconds = 0.0  # for the other processes, between two steps
         self._first_epoch = 0
         self._resumed_random_state: dict[str, Any] | None = None
-        self._saved_at, self._saved_path = (-1, -1, -1), Path()
+        self._saved_at: tuple[int, int, int] | None = None  # step, epoch, batch
+        self._saved_path = Path()
         self._compiled = bool(compile)
         self._graph_refusal: str | None = None  # what was said
         self._graph: StepGraph | None = None
@@ -336,7 +338,7 @@ class Trainer:
         """
         model = self.evaluated_model
         with parallel.shared_buffers(model):
-            return evaluate(model, self._in_step(loader), self.criterion, self.device, reduce=True, **self._numbers)
+            return evaluate(model, self._in_step(loader), self.criterion, self.device, reduce=True, **self._formats)
 
     def predict(self, loader: Iterable, wrap: Callable[[nn.Module], nn.Module] | None = None) -> Tensor:
         """The outputs for all batches of `loader`, (N, …) float32 on the CPU, from the model that is validated.
@@ -346,7 +348,7 @@ class Trainer:
         """
         model = self.evaluated_model
         with parallel.shared_buffers(model):
-            return outputs_of(wrap(model) if wrap else model, self._in_step(loader), self.device, **self._numbers)
+            return outputs_of(wrap(model) if wrap else model, self._in_step(loader), self.device, **self._formats)
 
     # ------------------------------------------------------------------------------------------------------- its parts
 
@@ -454,11 +456,7 @@ class Trainer:
         return bool(self.early_stopping is not None and self.early_stopping.early_stop)
 
     def _score(self, values: dict[str, float | None]) -> float:
-        name = (
-            self.monitor
-            if values[self.monitor] is not None or not self.monitor.startswith("val")
-            else "train" + self.monitor[3:]
-        )
+        name = self.monitor if values[self.monitor] is not None else self.monitor.replace("val_", "train_")
         if values[name] is None:
             raise ValueError(
                 f"monitor={self.monitor!r} has no value: accuracy exists for class targets only; use monitor='val_loss'"
@@ -466,7 +464,7 @@ class Trainer:
         return float(values[name])  # type: ignore[arg-type]
 
     @property
-    def _numbers(self) -> dict[str, Any]:
+    def _formats(self) -> dict[str, Any]:
         return {"precision": self.precision, "memory_format": self.memory_format}
 
     def _validate_epoch(self, loader: Iterable) -> tuple[float, float | None]:
@@ -634,7 +632,7 @@ class Trainer:
 
     def _check_unused(self) -> None:
         """Two runs in one folder would be mixed: `resume` would take the one with the higher step."""
-        if self.checkpoints and distributed.is_main() and self._saved_at == (-1, -1, -1) and self.checkpoints.steps():
+        if self.checkpoints and distributed.is_main() and self._saved_at is None and self.checkpoints.steps():
             raise ValueError(
                 f"{self.checkpoints.folder}: holds the checkpoints of an earlier run; "
                 "call resume(), or give another folder"
@@ -683,14 +681,8 @@ class Trainer:
         return path
 
     def _latest_loss(self) -> float | None:
-        return next(
-            (
-                self.history[name][-1]
-                for name in ("val_loss", "train_loss")
-                if self.history[name] and self.history[name][-1] is not None
-            ),
-            None,
-        )
+        latest = (self.history[name][-1] for name in ("val_loss", "train_loss") if self.history[name])
+        return next((loss for loss in latest if loss is not None), None)
 
     def _best_state(self, values: dict[str, float | None]) -> dict[str, Any]:
         """For use, not for resuming: the weights as they were judged. `epoch` counts the epochs done, as everywhere."""
