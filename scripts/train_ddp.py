@@ -247,14 +247,13 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
             report.run.write_info()
         raise
     result: dict[str, Any] = judge(trainer, data, checkpoints / "best.pt", args.tta)[0]
-    if run is not None:
-        assert report is not None
+    if report is not None:
         result |= summary(args, data, trainer, report) | {"communication_seconds": communication.seconds}
-        run.write_info(result=result)
+        report.run.write_info(result=result)
         here = distributed.local_world_size()
         alone = "--standalone " * (here == distributed.world_size())
         launcher = f"torchrun {alone}--nproc-per-node={here} {shlex.quote(sys.argv[0])}"
-        print_result(result, run, data.notice, launcher)
+        print_result(result, report.run, data.notice, launcher)
     distributed.barrier()
     return 0
 

@@ -29,7 +29,7 @@ from tests.processes import needs_processes, outcomes
 from torchbasics.checkpoint import CheckpointError, load_checkpoint
 from torchbasics.data import RandomAffine, TensorLoader
 from torchbasics.early_stopping import EarlyStopping
-from torchbasics.evaluation import compute_accuracy, evaluate, predict
+from torchbasics.evaluation import compute_accuracy, evaluate, none_of, predict
 from torchbasics.optim import averaged_copy
 from torchbasics.trainer import Interrupted, NonFiniteLoss, Trainer
 
@@ -416,6 +416,9 @@ class Means(TrainerCase):
         pair = Pair(torch.randn(2, 1), torch.randn(2, 3))
         model, targets = Rnn(), torch.tensor([0, 2])
         expected = sum(nn.functional.cross_entropy(model(inputs), targets).item() for inputs in (packed, pair)) / 2
+        none = none_of((packed, pair, targets))  # who has less than other processes takes part with this
+        self.assertIs(none[0], packed)
+        self.assertEqual((len(none[1].left), none[1].right.shape, len(none[2])), (0, (0, 3), 0))
         loss, _ = Trainer(model, nn.CrossEntropyLoss(), sgd(model)).validate([(packed, targets), (pair, targets)])
         self.assertAlmostEqual(loss, expected, places=6)
 

@@ -122,8 +122,8 @@ def _are_scores(outputs: torch.Size, targets: torch.Size) -> bool:
 
 
 def none_of(batch: Any) -> Any:
-    """`batch` of tensors without its samples."""
-    return tree_map(lambda part: part[:0], batch)
+    """`batch` without the samples in its tensors; what else has a method `to` cannot be cut, and stays."""
+    return tree_map(lambda part: part[:0] if isinstance(part, Tensor) else part, batch)
 
 
 def nothing_of(outputs: Any) -> Tensor:
