@@ -885,12 +885,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         return run_child(args.child, args.compile) if args.child else report(args)
-    except BrokenPipeError:  # `| head` has left; the interpreter must not flush into the closed pipe at its end
+    except OSError as error:  # the output takes no more; the interpreter must not flush into it at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except OSError as error:  # a full disk under a redirected output
-        print(f"error: standard output: {error.strerror or error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # `| head` has left
+            return 128 + 13
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + int(signal.SIGINT)

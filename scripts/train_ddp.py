@@ -44,7 +44,7 @@ import torchbasics as tb
 from torchbasics import distributed, options, parallel
 from torchbasics.device import branched_random_state, device_name, random_state, set_random_state
 from torchbasics.loaders import Loaders, make_loaders
-from torchbasics.report import Report, judge, print_result, summary, unused_directory
+from torchbasics.report import Report, judge, print_result, unused_directory
 
 # -------------------------------------------------------------------------------------------------- model and trainer
 
@@ -248,7 +248,7 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
         raise
     result: dict[str, Any] = judge(trainer, data, checkpoints / "best.pt", args.tta)[0]
     if report is not None:
-        result |= summary(args, data, trainer, report) | {"communication_seconds": communication.seconds}
+        result |= report.summary(trainer) | {"communication_seconds": communication.seconds}
         report.run.write_info(result=result)
         here = distributed.local_world_size()
         alone = "--standalone " * (here == distributed.world_size())

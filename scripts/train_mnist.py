@@ -31,7 +31,7 @@ from torchbasics.device import preserved_random_state
 from torchbasics.evaluation import to_device
 from torchbasics.loaders import Loaders, make_loaders
 from torchbasics.mnist import import_torchvision
-from torchbasics.report import Report, judge, print_result, python, score, summary, unused_directory
+from torchbasics.report import Report, judge, print_result, python_command, score, unused_directory
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Loaders:
@@ -112,7 +112,7 @@ def tensorboard(run: tb.RunDirectory, trainer: tb.Trainer, data: Loaders) -> Any
 
 def launcher() -> str:
     """The command that started this script, without its options."""
-    return shlex.join([python(), sys.argv[0] if sys.argv[0].endswith(".py") else __file__])
+    return shlex.join([python_command(), sys.argv[0] if sys.argv[0].endswith(".py") else __file__])
 
 
 def make_parser() -> options.Parser:
@@ -200,7 +200,7 @@ def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextl
         run.write_info()
         raise
     result, logits, targets = judge(trainer, data, run.checkpoints / "best.pt", args.tta)
-    result |= summary(args, data, trainer, report)
+    result |= report.summary(trainer)
     run.write_info(result=result)
     print_result(result, run, data.notice, launcher(), kept=not args.dry_run)
     try:

@@ -188,8 +188,9 @@ class TestFreshProcess(ExportCase):
         self.assertRegex(self.export("pt2", code=1)["pt2"]["result"], "^FAILED: did not finish within 0.2 s")
 
     def test_a_process_that_imports_the_package_fails(self) -> None:
-        self.patch("run_fresh", lambda job, folder: script.run_artifact(job))  # in this one, which has imported it
-        row = self.export("pt2", code=1)["pt2"]
+        self.patch("RUNNER", script.RUNNER.replace("import torch\n", "import torch, torchbasics\n"))
+        with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):
+            row = self.export("pt2", code=1)["pt2"]
         self.assertEqual(row["result"], "FAILED: imports the network's Python class")
 
 

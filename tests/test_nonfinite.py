@@ -330,6 +330,17 @@ class Replay(unittest.TestCase):
         self.assertIsNone(find_nonfinite(model, nn.MSELoss(), x, targets))
         self.assertIn("module '0' (Linear)", find_nonfinite(model, nn.MSELoss(), x, targets, "fp16") or "")
 
+    def test_a_loss_of_several_outputs_is_not_taken_in_half_precision(self) -> None:
+        """As in Trainer, where autocast takes it to float32: 300² is infinite in float16."""
+
+        class Named(nn.Linear):
+            def forward(self, x: Tensor) -> dict[str, Tensor]:
+                return {"value": super().forward(x)}
+
+        criterion = lambda outputs, y: nn.functional.mse_loss(outputs["value"], y.to(outputs["value"].dtype))  # noqa: E731
+        targets = torch.full((4, 1), 300.0)
+        self.assertIsNone(find_nonfinite(Named(2, 1), criterion, torch.ones(4, 2), targets, "fp16"))
+
 
 class Check(unittest.TestCase):
     def check(self, tensor: Tensor) -> tuple[bool, str]:

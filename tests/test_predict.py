@@ -434,6 +434,8 @@ class Checkpoints(ScriptCase):
         torch.save(MODEL.state_dict(), path)
         line = self.refused("--checkpoint", path, self.digit)
         self.assertIn("--model NAME", line)
+        os.symlink(path, self.folder / "link.pt")
+        self.assertEqual(self.main("--checkpoint", self.folder / "link.pt", "--model", "simplenet", self.digit).code, 0)
         for state in (MODEL.state_dict(), {"model_state_dict": MODEL.state_dict(), "epoch": 3}):
             torch.save(state, path)
             done = self.main("--checkpoint", path, "--model", "simplenet", "--json", "--top", 10, self.digit)

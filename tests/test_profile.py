@@ -153,7 +153,7 @@ class HandsOver(InFolder):
                 "print(profile.__file__, profile.__name__, 'torch' in sys.modules)")
         started = {"cProfile": self.start("-c", code), "beside": self.start(str(self.folder / "beside.py"))}
         started |= {name: self.start(str(SCRIPT.parent / f"{name}.py"), "--help")
-                    for name in ("env_check", "profile")}  # train_mnist runs in test_train_mnist
+                    for name in ("train_mnist", "env_check", "profile")}
         out = {}
         for name, process in started.items():
             out[name], errors = process.communicate(timeout=180)

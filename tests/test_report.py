@@ -149,7 +149,8 @@ class Figures(unittest.TestCase):
             run.info["sessions"] = [{"train_seconds": 3.0, "total_seconds": 7.0, "samples": 102}, second.session]
             second.session |= {"train_seconds": 1.0, "samples": 38}
             named = Loaders(None, None, None, {"dataset": "digits"}, "")
-            found = report.summary(args, named, trainer, second)
+            second.args, second.data = args, named
+            found = second.summary(trainer)
         self.assertTrue(9 < found["total_seconds"] < 60)  # both sessions, the second up to now
         self.assertEqual((found["samples_per_second"], found["train_seconds"]), (35.0, 4.0))
         self.assertEqual((found["best_epoch"], found["best_val_accuracy"], found["skipped_steps"]), (2, 0.75, 1))
@@ -167,7 +168,7 @@ class Figures(unittest.TestCase):
                 mock.patch.object(sys, "executable", executable),
                 mock.patch.object(report.shutil, "which", return_value="/a/bin/python3"),
             ):
-                self.assertEqual(report.python(), expected)
+                self.assertEqual(report.python_command(), expected)
 
     def test_a_directory_that_is_not_there_yet(self) -> None:
         self.addCleanup(os.chdir, os.getcwd())

@@ -353,7 +353,7 @@ def load_weights_file(path: str | os.PathLike, plain: bool = False) -> dict:
             "or give --model NAME if it is a plain state_dict"
         )
     try:
-        with _open_regular(path) as file:
+        with _open_regular(path.resolve()) as file:  # whoever names a link means what it leads to
             state = torch.load(file, map_location="cpu", weights_only=True)
         state = state.get("model_state_dict", state)
         if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):

@@ -134,12 +134,11 @@ class Sections:
                     sys.stdout.flush()
         except KeyboardInterrupt:
             return 130
-        except BrokenPipeError:  # such as `| head`: say no more, to the last flush
+        except OSError as error:  # the output takes no more: say none, to the last flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        except OSError as error:  # a full disk under a redirected output
-            print(f"error: standard output: {error.strerror or error}", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):  # such as `| head`
+                return 141
+            print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
             return 1
 
     def _run(self, args: argparse.Namespace) -> int:

@@ -97,15 +97,13 @@ def forward(
                 "the model does not take a batch of no samples, which is this process's part of a small one "
                 f"({error}); in it x.flatten(1) does what x.view(len(x), -1) does not, or leave the last batch out"
             ) from error
-        if not isinstance(outputs, Tensor):  # of several outputs autocast brings those to float32 that losses take
-            return _result(criterion(outputs, targets) if samples else nothing_of(outputs), outputs, targets)
-    if outputs.dtype in (torch.bfloat16, torch.float16):
-        outputs = outputs.float()  # losses are sums of exponentials: not in half precision
-    return _result(criterion(outputs, targets) if samples else nothing_of(outputs), outputs, targets)
-
-
-def _result(loss: Tensor, outputs: Any, targets: Tensor) -> tuple[Tensor, BatchResult]:
-    return loss, BatchResult(loss.detach(), *_correct(outputs, targets), targets.shape[0])
+    # losses are sums of exponentials: not in half precision; of several outputs autocast sees to that
+    one = isinstance(outputs, Tensor)
+    if one and outputs.dtype in (torch.bfloat16, torch.float16):
+        outputs = outputs.float()
+    with autocast(targets.device, "fp32" if one else precision):
+        loss = criterion(outputs, targets) if samples else nothing_of(outputs)
+    return loss, BatchResult(loss.detach(), *_correct(outputs, targets), samples)
 
 
 def _correct(outputs: Any, targets: Tensor) -> tuple[Tensor | None, int]:
@@ -121,7 +119,7 @@ def _are_scores(outputs: torch.Size, targets: torch.Size) -> bool:
     return len(outputs) > 1 and outputs[1] > 1 and outputs[:1] + outputs[2:] == targets
 
 
-def none_of(batch: Any) -> Any:
+def without_samples(batch: Any) -> Any:
     """`batch` without the samples in its tensors; what else has a method `to` cannot be cut, and stays."""
     return tree_map(lambda part: part[:0] if isinstance(part, Tensor) else part, batch)
 
@@ -169,7 +167,7 @@ def with_empty_batches(loader: Iterable) -> Iterator:
         if not any(has_one for (has_one,) in distributed.all_gather([batch is not None])):
             return
         if batch is not None:
-            empty = none_of(batch)
+            empty = without_samples(batch)
         yield empty if batch is None else batch
 
 

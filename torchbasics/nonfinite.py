@@ -227,9 +227,14 @@ def find_nonfinite(
     bare = _bare(model)
     first = next(_tensors((inputs, list(bare.parameters()))), torch.empty(0))
     with _unchanged(bare, first.device), trace_nonfinite(bare) as trace:
-        outputs = _replay(bare, inputs, first.device.type, precision)
+        with _autocast(first.device.type, precision):
+            outputs = bare(inputs)
         if trace.culprit is None:
-            loss = criterion(outputs, targets)
+            one = isinstance(outputs, Tensor)
+            if one and outputs.dtype in (torch.bfloat16, torch.float16):
+                outputs = outputs.float()  # as in Trainer: losses are not for half precision
+            with _autocast(first.device.type, "fp32" if one else precision):
+                loss = criterion(outputs, targets)
             if not _all_finite(loss):
                 what = "; ".join(describe(tensor) for tensor in _tensors((outputs, targets)))
                 return f"the loss, {describe(loss)}, made from finite outputs and the targets: {what}"
@@ -237,12 +242,9 @@ def find_nonfinite(
         return str(trace) if trace.culprit else None
 
 
-def _replay(model: nn.Module, inputs: Any, device_type: str, precision: str) -> Any:
+def _autocast(device_type: str, precision: str) -> torch.autocast:
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    with torch.autocast(device_type, dtype=half or torch.bfloat16, enabled=half is not None):
-        outputs = model(inputs)
-    is_half = isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16)
-    return outputs.float() if is_half else outputs  # as in Trainer: losses are not for half precision
+    return torch.autocast(device_type, dtype=half or torch.bfloat16, enabled=half is not None)
 
 
 @contextlib.contextmanager

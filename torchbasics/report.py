@@ -130,6 +130,31 @@ class Report:
         self.epoch_began, self.first_batch = time.monotonic(), 0
         return samples, seconds
 
+    def summary(self, trainer: Trainer) -> dict[str, Any]:
+        """What run.json says of the training itself, over all sessions of the run."""
+        assert trainer.best_epoch is not None  # judge has seen to that
+        self.session["total_seconds"] = time.monotonic() - self.began
+        sessions = self.run.info["sessions"]
+        seconds, total, samples = (
+            sum(session.get(name, 0) for session in sessions) for name in ("train_seconds", "total_seconds", "samples")
+        )
+        return {
+            "best_val_accuracy": trainer.history["val_acc"][trainer.best_epoch],
+            "best_epoch": trainer.best_epoch + 1,
+            "epochs_run": trainer.epoch,
+            "train_seconds": seconds,
+            "total_seconds": total,
+            "samples_per_second": samples / seconds if seconds else 0.0,
+            "stopped_because": trainer.early_stopping.reason
+            if trainer.stopped_early
+            else f"all {self.args.epochs} epochs done",
+            "skipped_steps": trainer.skipped,
+            "dataset": self.data.facts["dataset"],
+            "notice": self.data.notice,
+            "model": self.args.model,
+            "parameters": count_parameters(trainer.model),
+        }
+
 
 def metrics(trainer: Trainer) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl: the history, without clock times, so that a resumed run's are the same."""
@@ -211,30 +236,6 @@ def score(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> dict[str, 
     }
 
 
-def summary(args: argparse.Namespace, data: Loaders, trainer: Trainer, report: Report) -> dict[str, Any]:
-    """What run.json says of the training itself, over all sessions of the run."""
-    assert trainer.best_epoch is not None  # judge has seen to that
-    report.session["total_seconds"] = time.monotonic() - report.began
-    sessions = report.run.info["sessions"]
-    seconds, total, samples = (
-        sum(session.get(name, 0) for session in sessions) for name in ("train_seconds", "total_seconds", "samples")
-    )
-    return {
-        "best_val_accuracy": trainer.history["val_acc"][trainer.best_epoch],
-        "best_epoch": trainer.best_epoch + 1,
-        "epochs_run": trainer.epoch,
-        "train_seconds": seconds,
-        "total_seconds": total,
-        "samples_per_second": samples / seconds if seconds else 0.0,
-        "stopped_because": trainer.early_stopping.reason if trainer.stopped_early else f"all {args.epochs} epochs done",
-        "skipped_steps": trainer.skipped,
-        "dataset": data.facts["dataset"],
-        "notice": data.notice,
-        "model": args.model,
-        "parameters": count_parameters(trainer.model),
-    }
-
-
 def print_result(result: dict[str, Any], run: RunDirectory, notice: str, launcher: str, kept: bool = True) -> None:
     """The result in words, and the commands that continue, predict and export; `launcher` is what starts the script."""
     print(
@@ -255,14 +256,14 @@ def print_result(result: dict[str, Any], run: RunDirectory, notice: str, launche
         for name, rest in (("predict", " digit.png"), ("export", "")):
             script = Path(sys.argv[0]).with_name(f"{name}.py")
             if script.is_file():  # not beside a copy of the training script alone
-                command = shlex.join([python(), str(script), "--checkpoint"])
+                command = shlex.join([python_command(), str(script), "--checkpoint"])
                 lines.append(f"{name + ':':9} {command} {best}{rest}")
         print("\n".join(map(printable, lines)))
     if notice:
         print(printable(notice))
 
 
-def python() -> str:
+def python_command() -> str:
     """What starts this interpreter: its name where that finds it, else its path."""
     name = Path(sys.executable).name
     return name if shutil.which(name) == sys.executable else sys.executable

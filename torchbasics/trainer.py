@@ -32,10 +32,10 @@ from torchbasics.evaluation import (
     evaluate,
     forward,
     model_device,
-    none_of,
     outputs_of,
     to_device,
     with_empty_batches,
+    without_samples,
 )
 from torchbasics.interrupts import Interrupted, SignalNote
 from torchbasics.nonfinite import find_nonfinite
@@ -143,7 +143,7 @@ class Trainer:
         self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
         # an infinity that is there from the start is meant, as in a mask
         buffers = bare_model(self.model).named_buffers()
-        self._meant = {name for name, b in buffers if not b.is_meta and not bool(b.isfinite().all())}
+        self._infinite_by_design = {name for name, b in buffers if not b.is_meta and not bool(b.isfinite().all())}
         self.scheduler_interval = scheduler_interval or (
             "step" if isinstance(scheduler, (OneCycleLR, CyclicLR)) else "epoch"
         )
@@ -372,7 +372,7 @@ class Trainer:
                 if self._cut_off:
                     self._leave_if_signalled()
                 if window:
-                    self._empty_batch = none_of(window[-1])
+                    self._empty_batch = without_samples(window[-1])
                 if len(window) < length and self._empty_batch is None:
                     raise ValueError("the loader of this process gave no batch at all; give every process a part")
                 window += [self._empty_batch] * (length - len(window))  # type: ignore[list-item]
@@ -576,7 +576,7 @@ class Trainer:
             raise CheckpointError(
                 f"{where}: {wrong!r} is missing or no {SAVED[wrong].__name__}; use another checkpoint"
             )
-        weights = {name: w for name, w in state["model_state_dict"].items() if name not in self._meant}
+        weights = {name: w for name, w in state["model_state_dict"].items() if name not in self._infinite_by_design}
         bad = next((k for k, w in weights.items() if w.is_floating_point() and not bool(w.isfinite().all())), None)
         if bad is not None and self.nan_policy == "stop":
             raise CheckpointError(f"{where}: {bad!r} is NaN or infinite; use another checkpoint")
@@ -648,7 +648,7 @@ class Trainer:
         state = self.state_dict()
         weights = parallel.own_parameters(self.model)
         named = bare_model(self.model).named_buffers() if distributed.is_main() else ()  # rank 0's are saved
-        statistics = [buffer for name, buffer in named if name not in self._meant]
+        statistics = [buffer for name, buffer in named if name not in self._infinite_by_design]
         finite = torch.stack([tensor.isfinite().all() for tensor in (*weights, *statistics)]).tolist()
         # a part of a sharded weight is seen by one process only, and rank 0 must not save the rest
         everywhere = all(flag for (flag,) in distributed.all_gather([all(finite)]))
