@@ -733,7 +733,7 @@ def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
     def started_with(processes: int, images: int) -> contextlib.AbstractContextManager[Callable[[], dict[str, Any]]]:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
         return training(
-            setting, *arguments, "--batch-size", images, "--limit-batches", setting.few(19_200, 768) // images,
+            setting, *arguments, "--batch-size", images, "--limit-batches", setting.few(38_400, 768) // images,
             device="cpu", environment={"OMP_NUM_THREADS": "1"}, launcher=launcher if processes else (),
             script="train_ddp.py" if processes else "train_mnist.py")
 
@@ -754,7 +754,7 @@ def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
     for images, ours, peers, free in zip(sizes, (two, larger_two), (one, larger_one), apart, strict=True):
         what = f"2 processes of one thread, {images} images a batch"
         yield row(what, "1 process of one thread", "the rate", "images/s", ours, peers, Goal("≥", 1.8),
-                  "gloo; the gradient of 871,018 weights is sent at each step")
+                  "they exchange the gradient of 871,018 weights at each step")
         yield row(what, "2 trainings of half batches side by side", "the rate", "images/s", ours, free,
                   note=f"these exchange nothing, and are {statistics.median(map(operator.truediv, free, peers)):.2f} "
                   "times one process: so much this machine allows")

@@ -51,11 +51,11 @@ from torchbasics.report import Report, judge, print_result, unused_directory
 
 def build_trainer(
     args: argparse.Namespace, data: Loaders, device: torch.device, checkpoints: Path
-) -> tuple[tb.Trainer, parallel.GradientClock | None]:
+) -> tuple[tb.Trainer, parallel.GradientExchange | None]:
     """As in train_mnist, with the model replicated or sharded where there are several processes."""
     facts, many = data.facts, distributed.world_size() > 1
     model = tb.make_model(args.model, len(facts["classes"]), facts["in_channels"], facts["image_size"], args.dropout)
-    precision, clock, averages = tb.pick_precision(args.precision, device), None, None
+    precision, exchange, averages = tb.pick_precision(args.precision, device), None, None
     sharded = args.strategy == "fsdp" and many
     model.to(device)
     if sharded:
@@ -68,7 +68,7 @@ def build_trainer(
                                   capturable=args.cuda_graph != "off")
     if many and not sharded:
         model = parallel.replicate(model, device, sync_bn=args.sync_bn, static=args.accumulate == 1)
-        clock = parallel.GradientClock(model, device, args.bf16_gradients)
+        exchange = parallel.GradientExchange(model, device, args.bf16_gradients)
     steps_per_epoch = -(-len(data.train) // args.accumulate)
     schedule = tb.make_schedule(args.schedule, optimizer, args.epochs * steps_per_epoch,
                                 round(args.warmup_epochs * steps_per_epoch))
@@ -82,7 +82,7 @@ def build_trainer(
         metadata={"model": args.model, "dropout": args.dropout, **facts})
     # the same weights everywhere, but not the same dropout
     set_random_state(branched_random_state(random_state(device), distributed.rank(), device), device)
-    return trainer, clock
+    return trainer, exchange
 
 
 # ------------------------------------------------------------------------------------------------ what the user reads
@@ -91,18 +91,18 @@ def build_trainer(
 class Communication:
     """Once an epoch: how long each process waited for the others, and which one was waited for."""
 
-    def __init__(self, report: Report | None, clock: parallel.GradientClock | None) -> None:
-        self.report, self.clock, self.seconds = report, clock, 0.0  # seconds of rank 0, over all epochs
+    def __init__(self, report: Report | None, exchange: parallel.GradientExchange | None) -> None:
+        self.report, self.exchange, self.seconds = report, exchange, 0.0  # seconds of rank 0, over all epochs
         self.began, self.before = time.monotonic(), 0.0
 
     def on_epoch_end(self, trainer: tb.Trainer) -> None:
         """All processes take part; rank 0 prints."""
-        total = trainer.waiting_seconds + (self.clock.seconds if self.clock else 0.0)
+        total = trainer.waiting_seconds + (self.exchange.seconds if self.exchange else 0.0)
         own, self.before = total - self.before, total
         waited = [seconds for (seconds,) in distributed.all_gather([own])]
         took, self.began = time.monotonic() - self.began, time.monotonic()
         self.seconds += waited[0]
-        if self.report is not None and (self.clock is None or trainer.device.type != "cpu"):
+        if self.report is not None and (self.exchange is None or trainer.device.type != "cpu"):
             self.report.say(f"       waited {waited[0]:.1f} s between steps; what is sent within is not measured")
         elif self.report is not None:
             slowest = min(range(len(waited)), key=waited.__getitem__)  # who waits least is waited for
@@ -229,14 +229,14 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
     checkpoints = Path(args.output) / "checkpoints"
     tb.set_seed(args.seed, args.deterministic)
     data = load_data(args, device)
-    trainer, clock = build_trainer(args, data, device, checkpoints)
+    trainer, exchange = build_trainer(args, data, device, checkpoints)
     start = trainer.resume() if args.resume else None
     processes = name_processes(device, threads)
     report = None
     if run is not None:
         report = Report(args, data, run, began)
         report.begin(trainer, start, tb.__version__, processes)
-    communication = Communication(report, clock)
+    communication = Communication(report, exchange)
     if distributed.world_size() > 1:
         trainer.on_epoch_end += (communication.on_epoch_end,)
     try:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from tests.processes import in_processes, needs_processes, outcomes
+from tests.test_shared_memory import SHARES_MEMORY
 from torchbasics import distributed
 from torchbasics.distributed import OtherRankFailed
 from torchbasics.evaluation import RunningMeans
@@ -234,6 +235,8 @@ def exchange(rank: int) -> dict[str, Any]:
         "values": values.tolist(),
         "counts": distributed.all_reduce_sums(torch.tensor([2**60 + rank])).tolist(),
         "gathered": distributed.all_gather([rank, 2**53 - 1, 0.1]),
+        "many": distributed.all_gather([rank + i for i in range(1000)]),
+        "shares memory": distributed.shared_rows(100) is not None,
         "objects": distributed.gather_objects({"rank": rank, "tensor": torch.full((2,), rank)}),
         "broadcast": distributed.broadcast_object(["of", rank]),
         "on_main": distributed.on_main(lambda: f"by {rank}"),
@@ -270,9 +273,11 @@ def failing_main(rank: int) -> list[Any]:
 @needs_processes
 class ManyProcesses(unittest.TestCase):
     def test_values(self) -> None:
-        for world_size in (2, 3):
-            for rank, found in enumerate(in_processes(world_size, exchange)):
+        for world_size, local in ((2, 2), (3, 3), (2, 1)):  # the last as if on two machines
+            for rank, found in enumerate(in_processes(world_size, exchange, LOCAL_WORLD_SIZE=str(local))):
                 ranks = range(world_size)
+                self.assertEqual(found["shares memory"], local == world_size and SHARES_MEMORY)
+                self.assertEqual(found["many"], [[r + i for i in range(1000)] for r in ranks])
                 self.assertEqual(found["who"], [True, rank, world_size, rank == 0])
                 self.assertEqual(found["sums"], [sum(1.0 + r for r in ranks), sum(10.0 * r for r in ranks)])
                 self.assertEqual(found["values"], [1.0 + rank, 10.0 * rank], "the caller's values stay")

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     },
     "cuda_graph": {"evaluation"},
     "evaluation": {"device", "distributed", "position"},
-    "parallel": {"checkpoint", "distributed"},
+    "distributed": {"shared_memory"},
+    "parallel": {"checkpoint", "distributed", "shared_memory"},
     # what the training scripts share stands on all of the rest
     "loaders": {"data", "mnist"},
     "options": {"checkpoint", "cuda_graph", "loaders", "models", "optim", "trainer"},

@@ -6,6 +6,7 @@ The functions whose first argument is `rank` run in each process of a group (tes
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import os
@@ -26,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.processes import in_processes, needs_processes
+from tests.processes import in_processes, needs_processes, outcomes
+from tests.test_shared_memory import SHARES_MEMORY
 from torchbasics import distributed, parallel
 from torchbasics.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint
 from torchbasics.data import RandomAffine, TensorLoader
@@ -957,7 +959,7 @@ class Strategies(ParallelCase):
 
     def test_without_others_nothing_is_exchanged(self) -> None:
         model = network(norm=True)
-        with parallel.gradient_exchange(model, wanted=False):
+        with parallel.gradient_sync(model, wanted=False):
             model(samples(4)[0]).sum().backward()
         self.assertIsNotNone(model[0].weight.grad)
         before = copy.deepcopy(list(model.buffers()))
@@ -971,7 +973,7 @@ class Strategies(ParallelCase):
         self.assertEqual(state.keys(), optimizer.state_dict().keys())
 
 
-# ---------------------------------------------------------------------------------------------------------- the clock
+# ----------------------------------------------------------------------------------------------- the exchange by DDP
 
 
 def clocks(rank: int) -> dict[str, Any]:
@@ -981,21 +983,24 @@ def clocks(rank: int) -> dict[str, Any]:
         torch.manual_seed(0)
         model = nn.Linear(20, 5)
         replica = parallel.replicate(model, CPU)
-        clock = parallel.GradientClock(replica, CPU, bf16)
+        exchange = parallel.GradientExchange(replica, CPU, bf16)
         loss = replica(torch.randn(8, 20, generator=torch.Generator().manual_seed(rank))).square().mean()
         distributed.barrier()
         if rank == 1 and not bf16:
             time.sleep(0.3)
         loss.backward()
-        waited.append(clock.seconds)
+        waited.append(exchange.seconds)
         gradients.append(whole(model.weight.grad))
     return {"waited": waited[0], "gradients": gradients}
 
 
 @needs_processes
-class Clock(ParallelCase):
+class Exchange(ParallelCase):
     def test_it_counts_the_wait_for_others_and_sends_the_mean(self) -> None:
-        one, two = in_processes(2, clocks)
+        for processes_here in ("2", "1"):  # through memory, and as if one of them were on another machine
+            self.check_clock(*in_processes(2, clocks, LOCAL_WORLD_SIZE=processes_here))
+
+    def check_clock(self, one: dict[str, Any], two: dict[str, Any]) -> None:
         self.assertTrue(0.25 < one["waited"] < 5, one["waited"])
         self.assertLess(two["waited"], one["waited"] - 0.1)
         torch.manual_seed(0)
@@ -1009,6 +1014,102 @@ class Clock(ParallelCase):
             self.assertFalse(torch.equal(half, full))
             torch.testing.assert_close(half, full, rtol=2**-6, atol=1e-3)
             self.assertEqual(half.dtype, torch.float32)
+
+    def test_the_mean_is_that_of_all_reduce(self) -> None:
+        """To the last bit for two processes; for three it is added up in the order of ranks."""
+        for count, local in ((2, 2), (2, 1), (3, 3)):
+            parts = [[gradients_of(bucketed(), rank, step, count) for step in range(3)] for rank in range(count)]
+            for found in in_processes(count, averaged, LOCAL_WORLD_SIZE=str(local)):
+                self.assertEqual(found["through memory"], local == count and SHARES_MEMORY)
+                self.assertGreater(found["buckets"], 2)
+                for step, gradients in enumerate(found["gradients"]):
+                    for i, gradient in enumerate(gradients):
+                        mean = functools.reduce(torch.add, [part[step][i] for part in parts])
+                        self.assertTrue(torch.equal(gradient, mean), (count, local, step, i))
+
+    def test_sparse_gradients_are_not_for_rows(self) -> None:
+        for found in in_processes(2, sparse):
+            self.assertFalse(found["through memory"])
+            self.assertEqual(found["gradient"].tolist(), [[0.5] * 2, [0.5] * 2, [0.0] * 2])
+
+    def test_who_is_killed_while_the_others_wait_for_its_gradient(self) -> None:
+        first, second = outcomes(2, killed_in_backward)
+        self.assertEqual(second.code, -signal.SIGKILL)
+        self.assertEqual(first.result, "DistNetworkError: rank 1 has ended, lost contact: True")
+
+
+def bucketed() -> nn.Module:
+    """Small layers, some of float64, one frozen: DDP makes a bucket a type, and starts a new one where one is full."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(30, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 7), Double(), nn.Linear(7, 5)]
+    layers[-1].double()
+    layers[2].bias.requires_grad_(False)  # type: ignore[union-attr]
+    return nn.Sequential(*layers)
+
+
+def small_buckets(model: nn.Module) -> DistributedDataParallel:
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=0.002)
+
+
+class Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return model(torch.randn(4, 30, generator=generator)).square().mean()
+
+
+def gradients_of(model: nn.Module, rank: int, step: int, count: int) -> list[Tensor]:
+    loss_of(model, rank, step).backward()
+    return [p.grad / count for p in model.parameters() if p.grad is not None]
+
+
+def averaged(rank: int) -> dict[str, Any]:
+    buckets: set[int] = set()
+
+    def counted(name: str) -> Any:
+        real = getattr(parallel.GradientExchange, name)
+
+        def hook(self, state, bucket):  # type: ignore[no-untyped-def]
+            buckets.add(bucket.index())
+            return real(self, state, bucket)
+
+        return mock.patch.object(parallel.GradientExchange, name, hook)
+
+    model, gradients = bucketed(), []
+    replica = small_buckets(model)
+    with counted("_through_memory"), counted("_by_all_reduce"):
+        exchange = parallel.GradientExchange(replica, CPU)
+    for step in range(3):  # after the first DDP arranges its buckets anew
+        model.zero_grad()
+        loss_of(replica, rank, step).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    return {"through memory": exchange.through_memory, "buckets": len(buckets), "gradients": gradients}
+
+
+def sparse(rank: int) -> dict[str, Any]:
+    model = nn.Embedding(3, 2, sparse=True)
+    replica = DistributedDataParallel(model, gradient_as_bucket_view=False)
+    exchange = parallel.GradientExchange(replica, CPU)
+    replica(torch.tensor([rank])).sum().backward()
+    return {"through memory": exchange.through_memory, "gradient": whole(model.weight.grad.to_dense())}
+
+
+def killed_in_backward(rank: int) -> str:
+    model = bucketed()
+    replica = small_buckets(model)
+    parallel.GradientExchange(replica, CPU)
+    loss_of(replica, rank, 0).backward()
+    loss = loss_of(replica, rank, 1)
+    if rank == 1:  # some of its buckets are written, the last is not
+        model[0].weight.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}, lost contact: {distributed.is_lost_contact(error)}"
+    return "nothing failed"
 
 
 if __name__ == "__main__":

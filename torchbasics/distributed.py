@@ -3,7 +3,8 @@
     with distributed.process_group(device):   # torchrun has set RANK, WORLD_SIZE, …; plain python: one process
         train()
 
-Small values (counts, flags) travel over gloo on the CPU, whatever the device, and never wait for it.
+Small values (counts, flags) travel on the CPU, whatever the device, and never wait for it: over gloo, or through shared
+memory where all processes train on the CPU of one machine.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from torchbasics.shared_memory import SharedRows, share_rows
+
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ACCELERATORS = ("cuda", "xpu")  # those that several processes can use together
 _store: Any = None  # of this attempt of the job, while `process_group` lasts
 _job_store: Any = None  # of the job, whatever torchrun restarts
+_rows: SharedRows | None = None  # for small values, where the processes share memory
+SMALL = 64  # values that go into a row
 
 
 class OtherRankFailed(RuntimeError):
@@ -91,7 +96,7 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
     A process that hears nothing of another for `timeout` seconds gives up. Raises ValueError if torchrun's variables
     are incomplete, OSError if the processes do not find each other.
     """
-    global _store, _job_store
+    global _store, _job_store, _rows
     if not is_launched():
         yield
         return
@@ -110,9 +115,11 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise OSError(f"{where}: the processes did not find each other ({_reason(error, timeout)})") from error
     try:
+        if device.type == "cpu" and local_world_size() == size > 1:
+            _rows = share_rows(8 * SMALL, timeout)
         yield
     finally:
-        _store = _job_store = None
+        _store = _job_store = _rows = None
         dist.destroy_process_group()
 
 
@@ -188,6 +195,14 @@ def all_gather(values: Sequence[float]) -> list[list[float]]:
     if world_size() == 1:
         return [list(values)]
     own = torch.tensor(values, dtype=torch.float64)
+    if _rows is not None and len(values) <= SMALL:
+        shared = _rows.of(torch.float64, len(values))
+        _rows.begin()
+        shared[_rows.rank] = own
+        _rows.publish()
+        found: list[list[float]] = shared.tolist()
+        _rows.end()
+        return found
     every = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(every, own)
     return [part.tolist() for part in every]
@@ -232,6 +247,11 @@ def on_main(function: Callable[[], T]) -> T:
     if not done:
         raise OtherRankFailed("rank 0 failed")
     return result
+
+
+def shared_rows(size: int) -> SharedRows | None:
+    """Rows of `size` bytes more, by all processes together; None where they do not share memory."""
+    return None if _rows is None else share_rows(size, _rows.timeout)
 
 
 def check_group() -> None:

@@ -70,6 +70,8 @@ def make_loaders(
     _check_batch_size(batch_size, len(train))
     mean, std = NORMALISATION.get(name) or channel_statistics(train.inputs)
     common: dict[str, Any] = {"device": device, "mean": mean, "std": std}
+    # on the CPU no more memory than training has taken already: the first touch of more would take longer than the work
+    at_once = 250 if torch.device(device).type == "cpu" else 1000
     facts = {
         "dataset": name,
         "classes": train.classes,
@@ -90,8 +92,8 @@ def make_loaders(
             limit_batches=limit_batches,
             **common,
         ),
-        TensorLoader(val.inputs, val.targets, 1000, limit_batches=limit_evaluation, **common),
-        TensorLoader(test.inputs, test.targets, 1000, limit_batches=limit_evaluation, **common),
+        TensorLoader(val.inputs, val.targets, at_once, limit_batches=limit_evaluation, **common),
+        TensorLoader(test.inputs, test.targets, at_once, limit_batches=limit_evaluation, **common),
         facts,
         notice,
     )

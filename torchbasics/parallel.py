@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from torchbasics import distributed
 from torchbasics.checkpoint import bare_model, bare_state_dict, fitting_weights, load_weights
+from torchbasics.shared_memory import LINE
 
 STRATEGIES = ("ddp", "fsdp")
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -109,11 +110,11 @@ _NOTHING = contextlib.nullcontext()
 
 @contextlib.contextmanager
 def _part_of_step(model: nn.Module, samples: int, last: bool) -> Iterator[None]:
-    with kept_statistics(model, samples), gradient_exchange(model, wanted=last):
+    with kept_statistics(model, samples), gradient_sync(model, wanted=last):
         yield
 
 
-def gradient_exchange(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
+def gradient_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
     """Inside, backward exchanges gradients with the other processes only if `wanted`; without others: nothing."""
     if isinstance(model, DistributedDataParallel) and not wanted:
         return model.no_sync()
@@ -174,30 +175,64 @@ def shared_buffers(model: nn.Module) -> Iterator[None]:
         buffer.copy_(before)
 
 
-class GradientClock:
-    """Counts the `seconds` in which DDP's gradients are under way: waiting for slower processes, and the exchange.
+class GradientExchange:
+    """The mean of DDP's gradients over all processes: through shared memory where they have some, else by all-reduce.
 
-    `bf16` sends them in bfloat16. Measured on the CPU only: an accelerator's clock is not read, there it stays 0.
+    `bf16` sends them in bfloat16, by all-reduce. `seconds` adds up how long they were under way: waiting for slower
+    processes, and the exchange; on the CPU only, an accelerator's clock is not read. All processes make one together.
     """
 
     def __init__(self, model: DistributedDataParallel, device: torch.device, bf16: bool = False) -> None:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-        self.seconds, self._until = 0.0, 0.0
-        exchange = default_hooks.bf16_compress_hook if bf16 else default_hooks.allreduce_hook
+        self.seconds, self._until, self._timed = 0.0, 0.0, device.type == "cpu"
+        self._all_reduce = default_hooks.bf16_compress_hook if bf16 else default_hooks.allreduce_hook
+        dense = not any(getattr(module, "sparse", False) for module in model.modules())  # Embedding, EmbeddingBag
+        size = sum(_room(p.numel() * p.itemsize) for p in model.parameters() if p.requires_grad)
+        rows = distributed.shared_rows(size) if dense and not bf16 else None
+        self.through_memory = rows is not None
+        self._waiting: list[tuple[torch.futures.Future, Tensor, Tensor]] = []  # those whose mean is to come
+        self._filled = 0  # bytes of this process's row
+        model.register_comm_hook(rows, self._by_all_reduce if rows is None else self._through_memory)
 
-        def timed(state, bucket):  # type: ignore[no-untyped-def]  # DDP would look at annotations, as classes
-            began = time.perf_counter()
-            future = exchange(dist.group.WORLD, bucket)
-            return future.then(lambda done: self._stop(began, done.value())) if device.type == "cpu" else future
-
-        model.register_comm_hook(None, timed)
+    def _by_all_reduce(self, state, bucket):  # type: ignore[no-untyped-def]  # DDP would look at annotations, as classes
+        began = time.perf_counter()
+        future = self._all_reduce(dist.group.WORLD, bucket)
+        return future.then(lambda done: self._stop(began, done.value())) if self._timed else future
 
     def _stop(self, began: float, value: Any) -> Tensor:
         now = time.perf_counter()
         self.seconds += now - max(began, self._until)  # buckets overlap
         self._until = now
         return value[0] if isinstance(value, (list, tuple)) else value
+
+    def _through_memory(self, rows, bucket):  # type: ignore[no-untyped-def]
+        """Each bucket is shown as it becomes ready; after the last all are added up, by all in the same order."""
+        began = time.perf_counter()
+        if bucket.index() == 0:
+            self._waiting, self._filled = [], 0
+            rows.begin()
+        future, gradient = torch.futures.Future(), bucket.buffer()
+        parts = rows.of(gradient.dtype, gradient.numel(), self._filled)
+        torch.div(gradient, len(parts), out=parts[rows.rank])
+        self._filled += _room(gradient.nbytes)
+        self._waiting.append((future, gradient, parts))
+        if bucket.is_last():
+            rows.publish()
+            for _, mean, (first, second, *others) in self._waiting:
+                torch.add(first, second, out=mean)
+                for part in others:
+                    mean += part
+            rows.end()
+            for done, mean, _ in self._waiting:
+                done.set_result(mean)
+        self.seconds += time.perf_counter() - began
+        return future
+
+
+def _room(size: int) -> int:
+    """Bytes that begin and end where `SharedRows.of` may begin."""
+    return -(-size // LINE) * LINE
 
 
 # ------------------------------------------------------------------------------------ the state, as of a single process
