@@ -135,7 +135,8 @@ def make_parser() -> options.Parser:
         help="ddp: a copy of the model a process; fsdp: its parts spread over all (default: ddp)")
     add("--sync-bn", action="store_true",
         help="BatchNorm over the batches of all processes; accelerators only (default: off)")
-    add("--bf16-gradients", action="store_true", help="ddp: send gradients in bfloat16 (default: off)")
+    add("--bf16-gradients", action="store_true",
+        help="ddp: send gradients in bfloat16, for slow networks (default: off)")
     add("--timeout", type=options.RATE, default=60.0, metavar="SECONDS",
         help="give up when another process says nothing for so long (default: 60)")
     options.add_stopping_options(parser)

@@ -270,8 +270,43 @@ def failing_main(rank: int) -> list[Any]:
     return [caught, said, distributed.all_gather([rank])]
 
 
+def leaving(rank: int) -> str:
+    """Rank 1 leaves the group by an exception, and lives on."""
+    began = time.monotonic()
+    try:
+        with distributed.process_group(CPU, 20.0):
+            distributed.barrier()
+            if rank == 1:
+                raise KeyError("of rank 1")
+            distributed.barrier()
+    except KeyError:
+        time.sleep(4)
+    except RuntimeError as error:
+        return f"{'soon' if time.monotonic() - began < 3 else 'late'}: {distributed.is_lost_contact(error)}"
+    return "nothing failed"
+
+
+def lost_at_the_start(rank: int) -> list[Any]:
+    """What a process says if another is killed before all share memory."""
+    gone = mock.patch.object(distributed, "share_rows", side_effect=RuntimeError("Connection closed by peer"))
+    try:
+        with gone, distributed.process_group(CPU, 20.0):
+            return ["it began"]
+    except OSError as error:
+        return [str(error).partition(": ")[2], distributed.is_distributed()]
+
+
 @needs_processes
 class ManyProcesses(unittest.TestCase):
+    def test_who_leaves_is_not_waited_for(self) -> None:
+        for local in ("2", "1"):
+            found = in_processes(2, leaving, group=False, LOCAL_WORLD_SIZE=local)
+            self.assertEqual(found, ["soon: True", "nothing failed"])
+
+    def test_who_is_lost_at_the_start(self) -> None:
+        expected = ["the processes did not find each other (Connection closed by peer)", False]
+        self.assertEqual(in_processes(2, lost_at_the_start, group=False), [expected] * 2)
+
     def test_values(self) -> None:
         for world_size, local in ((2, 2), (3, 3), (2, 1)):  # the last as if on two machines
             for rank, found in enumerate(in_processes(world_size, exchange, LOCAL_WORLD_SIZE=str(local))):

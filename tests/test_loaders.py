@@ -52,6 +52,7 @@ class InMemory(LoadersCase):
         self.assertLess(abs(float(training.mean())), 1e-3)  # normalised by the statistics of the training images
         self.assertLess(abs(float(training.std()) - 1), 1e-3)
         self.assertEqual(set(images(data.train)) & set(images(data.val)), set())
+        self.assertEqual([part.batches.batch_size for part in data[:3]], [32, 250, 250])
 
     def test_the_seed_decides_split_and_order(self) -> None:
         one, same, other = (make_loaders("digits", val_size=40, batch_size=32, seed=seed) for seed in (1, 1, 2))

@@ -1017,25 +1017,28 @@ class Exchange(ParallelCase):
 
     def test_the_mean_is_that_of_all_reduce(self) -> None:
         """To the last bit for two processes; for three it is added up in the order of ranks."""
-        for count, local in ((2, 2), (2, 1), (3, 3)):
+        for count, local, static in ((2, 2, False), (2, 2, True), (2, 1, False), (3, 3, False)):
             parts = [[gradients_of(bucketed(), rank, step, count) for step in range(3)] for rank in range(count)]
-            for found in in_processes(count, averaged, LOCAL_WORLD_SIZE=str(local)):
+            for found in in_processes(count, averaged, static, LOCAL_WORLD_SIZE=str(local)):
                 self.assertEqual(found["through memory"], local == count and SHARES_MEMORY)
                 self.assertGreater(found["buckets"], 2)
                 for step, gradients in enumerate(found["gradients"]):
                     for i, gradient in enumerate(gradients):
                         mean = functools.reduce(torch.add, [part[step][i] for part in parts])
-                        self.assertTrue(torch.equal(gradient, mean), (count, local, step, i))
+                        self.assertTrue(torch.equal(gradient, mean), (count, local, static, step, i))
 
-    def test_sparse_gradients_are_not_for_rows(self) -> None:
-        for found in in_processes(2, sparse):
-            self.assertFalse(found["through memory"])
-            self.assertEqual(found["gradient"].tolist(), [[0.5] * 2, [0.5] * 2, [0.0] * 2])
+    def test_what_ddp_may_leave_out_is_not_for_rows(self) -> None:
+        """Rows of a sparse gradient, and the bucket of a layer that no process used."""
+        for found in in_processes(2, partial_gradients):
+            self.assertEqual(found["through memory"], [False, False])
+            self.assertEqual(found["sparse"].tolist(), [[0.5] * 2, [0.5] * 2, [0.0] * 2])
+            self.assertEqual((found["used"].tolist(), found["unused"]), ([[1.5]], None))
 
+    @unittest.skipUnless(SHARES_MEMORY, "processes do not share memory here")
     def test_who_is_killed_while_the_others_wait_for_its_gradient(self) -> None:
         first, second = outcomes(2, killed_in_backward)
         self.assertEqual(second.code, -signal.SIGKILL)
-        self.assertEqual(first.result, "DistNetworkError: rank 1 has ended, lost contact: True")
+        self.assertEqual(first.result, "DistNetworkError: rank 1 has left, lost contact: True")
 
 
 def bucketed() -> nn.Module:
@@ -1047,8 +1050,8 @@ def bucketed() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def small_buckets(model: nn.Module) -> DistributedDataParallel:
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=0.002)
+def small_buckets(model: nn.Module, static: bool = False) -> DistributedDataParallel:
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=0.002, static_graph=static)
 
 
 class Double(nn.Module):
@@ -1066,22 +1069,25 @@ def gradients_of(model: nn.Module, rank: int, step: int, count: int) -> list[Ten
     return [p.grad / count for p in model.parameters() if p.grad is not None]
 
 
-def averaged(rank: int) -> dict[str, Any]:
+def averaged(rank: int, static: bool) -> dict[str, Any]:
     buckets: set[int] = set()
 
     def counted(name: str) -> Any:
         real = getattr(parallel.GradientExchange, name)
 
-        def hook(self, state, bucket):  # type: ignore[no-untyped-def]
-            buckets.add(bucket.index())
-            return real(self, state, bucket)
+        def hook(exchange: Any, *args: Any) -> Any:
+            buckets.add(args[-1].index())
+            return real(exchange, *args)
 
         return mock.patch.object(parallel.GradientExchange, name, hook)
 
     model, gradients = bucketed(), []
-    replica = small_buckets(model)
+    replica = small_buckets(model, static)
+    model[0].bias.requires_grad_(False)  # too late: DDP hands it over all the same
     with counted("_through_memory"), counted("_by_all_reduce"):
         exchange = parallel.GradientExchange(replica, CPU)
+    model[0].bias.requires_grad_(True)
+    copy.deepcopy(replica)
     for step in range(3):  # after the first DDP arranges its buckets anew
         model.zero_grad()
         loss_of(replica, rank, step).backward()
@@ -1089,12 +1095,31 @@ def averaged(rank: int) -> dict[str, Any]:
     return {"through memory": exchange.through_memory, "buckets": len(buckets), "gradients": gradients}
 
 
-def sparse(rank: int) -> dict[str, Any]:
-    model = nn.Embedding(3, 2, sparse=True)
-    replica = DistributedDataParallel(model, gradient_as_bucket_view=False)
-    exchange = parallel.GradientExchange(replica, CPU)
+def partial_gradients(rank: int) -> dict[str, Any]:
+    embedding = nn.Embedding(3, 2, sparse=True)
+    replica = DistributedDataParallel(embedding, gradient_as_bucket_view=False)
+    first = parallel.GradientExchange(replica, CPU)
     replica(torch.tensor([rank])).sum().backward()
-    return {"through memory": exchange.through_memory, "gradient": whole(model.weight.grad.to_dense())}
+
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), Unused())
+    options: dict[str, Any] = {"find_unused_parameters": True, "skip_all_reduce_unused_params": True}
+    replica = DistributedDataParallel(model, bucket_cap_mb=1e-6, **options)
+    second = parallel.GradientExchange(replica, CPU)
+    replica(torch.tensor([[1.0 + rank]])).sum().backward()
+    return {
+        "through memory": [first.through_memory, second.through_memory],
+        "sparse": whole(embedding.weight.grad.to_dense()),
+        "used": whole(model[0].weight.grad),
+        "unused": model[1].weight.grad,
+    }
+
+
+class Unused(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(9, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 def killed_in_backward(rank: int) -> str:

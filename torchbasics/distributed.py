@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ ACCELERATORS = ("cuda", "xpu")  # those that several processes can use together
 _store: Any = None  # of this attempt of the job, while `process_group` lasts
 _job_store: Any = None  # of the job, whatever torchrun restarts
 _rows: SharedRows | None = None  # for small values, where the processes share memory
+_all_rows: weakref.WeakSet[SharedRows] = weakref.WeakSet()  # and for what else
 SMALL = 64  # values that go into a row
 
 
@@ -111,14 +113,18 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
         _store = dist.PrefixStore(f"torchbasics/{restarts()}", store)  # the last attempt's keys are still in it
         _job_store = dist.PrefixStore("torchbasics/job", store)
         dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=limit, **bound)
+        if device.type == "cpu" and local_world_size() == size > 1:
+            _rows = _remembered(share_rows(8 * SMALL, timeout))
     except (RuntimeError, ValueError) as error:
+        if is_distributed():
+            dist.destroy_process_group()
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise OSError(f"{where}: the processes did not find each other ({_reason(error, timeout)})") from error
     try:
-        if device.type == "cpu" and local_world_size() == size > 1:
-            _rows = share_rows(8 * SMALL, timeout)
         yield
     finally:
+        for rows in _all_rows:
+            rows.leave()
         _store = _job_store = _rows = None
         dist.destroy_process_group()
 
@@ -251,7 +257,14 @@ def on_main(function: Callable[[], T]) -> T:
 
 def shared_rows(size: int) -> SharedRows | None:
     """Rows of `size` bytes more, by all processes together; None where they do not share memory."""
-    return None if _rows is None else share_rows(size, _rows.timeout)
+    return None if _rows is None else _remembered(share_rows(size, _rows.timeout))
+
+
+def _remembered(rows: SharedRows | None) -> SharedRows | None:
+    """`rows`, which this process leaves with the group."""
+    if rows is not None:
+        _all_rows.add(rows)
+    return rows
 
 
 def check_group() -> None:

@@ -58,7 +58,8 @@ def make_loaders(
     training images are held out for validation. With `augment` training images are rotated by up to ±`rotation`
     degrees, shifted by up to ±`shift` and resized by up to ±`scaling`, shares of their size. `image_size` (pixels) and
     `num_workers` are for `folder` only.
-    `limit_batches` is that of a training epoch, `limit_evaluation` that of the other two. Raises ValueError for a batch
+    `limit_batches` is that of a training epoch, `limit_evaluation` that of the other two, whose batches are of 250
+    images on the CPU and of 1,000 elsewhere (in a folder, as in training). Raises ValueError for a batch
     larger than the data, and what `load_images` and `SeededImageFolder` raise.
     """
     if dataset == "folder":
@@ -70,7 +71,7 @@ def make_loaders(
     _check_batch_size(batch_size, len(train))
     mean, std = NORMALISATION.get(name) or channel_statistics(train.inputs)
     common: dict[str, Any] = {"device": device, "mean": mean, "std": std}
-    # on the CPU no more memory than training has taken already: the first touch of more would take longer than the work
+    # on the CPU about the memory that training has taken already: the first touch of more takes longer than the work
     at_once = 250 if torch.device(device).type == "cpu" else 1000
     facts = {
         "dataset": name,

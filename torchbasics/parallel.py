@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from torchbasics import distributed
 from torchbasics.checkpoint import bare_model, bare_state_dict, fitting_weights, load_weights
-from torchbasics.shared_memory import LINE
+from torchbasics.shared_memory import LINE, SharedRows
 
 STRATEGIES = ("ddp", "fsdp")
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -178,8 +179,8 @@ def shared_buffers(model: nn.Module) -> Iterator[None]:
 class GradientExchange:
     """The mean of DDP's gradients over all processes: through shared memory where they have some, else by all-reduce.
 
-    `bf16` sends them in bfloat16, by all-reduce. `seconds` adds up how long they were under way: waiting for slower
-    processes, and the exchange; on the CPU only, an accelerator's clock is not read. All processes make one together.
+    With `bf16` they are sent in bfloat16, by all-reduce. `seconds` adds up what this took, waiting for slower processes
+    included; on the CPU only, an accelerator's clock is not read. All processes make one together.
     """
 
     def __init__(self, model: DistributedDataParallel, device: torch.device, bf16: bool = False) -> None:
@@ -187,17 +188,18 @@ class GradientExchange:
 
         self.seconds, self._until, self._timed = 0.0, 0.0, device.type == "cpu"
         self._all_reduce = default_hooks.bf16_compress_hook if bf16 else default_hooks.allreduce_hook
-        dense = not any(getattr(module, "sparse", False) for module in model.modules())  # Embedding, EmbeddingBag
-        size = sum(_room(p.numel() * p.itemsize) for p in model.parameters() if p.requires_grad)
-        rows = distributed.shared_rows(size) if dense and not bf16 else None
+        facts = model._get_ddp_logging_data()  # of what DDP will hand over, whatever is frozen meanwhile
+        self._size, tensors = facts["total_parameter_size_bytes"], facts["num_parameter_tensors"]
+        in_rows = self._timed and not bf16 and _always_whole(model)
+        rows = distributed.shared_rows(self._size + LINE * tensors) if in_rows else None
         self.through_memory = rows is not None
-        self._waiting: list[tuple[torch.futures.Future, Tensor, Tensor]] = []  # those whose mean is to come
-        self._filled = 0  # bytes of this process's row
-        model.register_comm_hook(rows, self._by_all_reduce if rows is None else self._through_memory)
+        self._written: list[tuple[torch.futures.Future[Tensor], Tensor, Tensor]] = []  # this step's gradients, so far
+        hook = self._by_all_reduce if rows is None else functools.partial(self._through_memory, rows)
+        model.register_comm_hook(None, lambda state, bucket: hook(bucket))  # a function: DDP copies what it is given
 
-    def _by_all_reduce(self, state, bucket):  # type: ignore[no-untyped-def]  # DDP would look at annotations, as classes
+    def _by_all_reduce(self, bucket: dist.GradBucket) -> torch.futures.Future:
         began = time.perf_counter()
-        future = self._all_reduce(dist.group.WORLD, bucket)
+        future = self._all_reduce(dist.group.WORLD, bucket)  # type: ignore[arg-type]
         return future.then(lambda done: self._stop(began, done.value())) if self._timed else future
 
     def _stop(self, began: float, value: Any) -> Tensor:
@@ -206,32 +208,39 @@ class GradientExchange:
         self._until = now
         return value[0] if isinstance(value, (list, tuple)) else value
 
-    def _through_memory(self, rows, bucket):  # type: ignore[no-untyped-def]
-        """Each bucket is shown as it becomes ready; after the last all are added up, by all in the same order."""
+    def _through_memory(self, rows: SharedRows, bucket: dist.GradBucket) -> torch.futures.Future:
+        """Each bucket is written as it becomes ready; after the last all add up all, in the order of ranks."""
         began = time.perf_counter()
-        if bucket.index() == 0:
-            self._waiting, self._filled = [], 0
+        if not self._written:
             rows.begin()
-        future, gradient = torch.futures.Future(), bucket.buffer()
-        parts = rows.of(gradient.dtype, gradient.numel(), self._filled)
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        gradient, offset = bucket.buffer(), sum(_in_lines(before.nbytes) for _, before, _ in self._written)
+        parts = rows.of(gradient.dtype, gradient.numel(), offset)
         torch.div(gradient, len(parts), out=parts[rows.rank])
-        self._filled += _room(gradient.nbytes)
-        self._waiting.append((future, gradient, parts))
-        if bucket.is_last():
+        self._written.append((future, gradient, parts))
+        # not bucket.is_last(): in the first step of a static graph all are the first
+        if sum(written.nbytes for _, written, _ in self._written) == self._size:
             rows.publish()
-            for _, mean, (first, second, *others) in self._waiting:
+            for _, mean, (first, second, *others) in self._written:
                 torch.add(first, second, out=mean)
                 for part in others:
                     mean += part
             rows.end()
-            for done, mean, _ in self._waiting:
+            for done, mean, _ in self._written:
                 done.set_result(mean)
+            self._written = []
         self.seconds += time.perf_counter() - began
         return future
 
 
-def _room(size: int) -> int:
-    """Bytes that begin and end where `SharedRows.of` may begin."""
+def _always_whole(model: DistributedDataParallel) -> bool:
+    """Whether DDP hands over all gradients at each step, each as large as its parameter."""
+    sparse = any(getattr(module, "sparse", False) for module in model.modules())  # Embedding, EmbeddingBag
+    return not (sparse or model.skip_all_reduce_unused_params or model.mixed_precision)
+
+
+def _in_lines(size: int) -> int:
+    """`size` in bytes, up to where `SharedRows.of` may begin again."""
     return -(-size // LINE) * LINE
 
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 LINE = 64  # bytes that cores exchange at once: what two processes write lies in different ones
-WRITTEN, READ = 0, 1  # a process's two counts, of 8 bytes, at the start of its line
+WRITTEN, READ, LEFT = 0, 1, 2  # a process's counts of rounds, and whether it has left; 8 bytes each, in its line
 LOOKING = 1e-3  # seconds of waiting after which a process sleeps between looks, for others may need its core
 
 
@@ -52,7 +52,7 @@ class SharedRows:
     def publish(self) -> None:
         """Shows this process's row, and waits for those of all.
 
-        Raises torch.distributed.DistNetworkError if one of them has ended, or lets `timeout` seconds pass.
+        Raises torch.distributed.DistNetworkError if one of them has left, or lets `timeout` seconds pass.
         """
         self._counts[self.rank, WRITTEN] += 1
         self._wait(WRITTEN, self._counts[self.rank, WRITTEN])
@@ -60,6 +60,10 @@ class SharedRows:
     def end(self) -> None:
         """What was read may be overwritten."""
         self._counts[self.rank, READ] = self._counts[self.rank, WRITTEN]
+
+    def leave(self) -> None:
+        """Nobody is to wait for this process any more."""
+        self._counts[self.rank, LEFT] = 1
 
     def _wait(self, which: int, value: int) -> None:
         """Until `which` of all others is `value`."""
@@ -75,9 +79,10 @@ class SharedRows:
                 time.sleep(min((now - began) / 20, 1e-3))
             if now - asked > 0.05:
                 asked = now
-                ended = not _is_running(self._pids[rank])  # asked first: it may have written before it ended
-                if self._counts[rank, which] < value and (ended or now - began > self.timeout):
-                    how = "has ended" if ended else f"gave no sign for {self.timeout:g} s"
+                left = self._counts[rank, LEFT] or not _is_running(self._pids[rank])
+                # looked at again: it may have written before it left
+                if self._counts[rank, which] < value and (left or now - began > self.timeout):
+                    how = "has left" if left else f"gave no sign for {self.timeout:g} s"
                     raise dist.DistNetworkError(f"rank {rank} {how}")
 
 
@@ -112,8 +117,11 @@ def _new_memory(size: int, token: bytes) -> int | None:
     """A file in memory without a name, which nothing can leave behind; taken at once, not by a SIGBUS later."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return None
+    if not (hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")):  # of a Python built for an old C library
+        return None
     file = None
     try:
+        os.close(os.pidfd_open(os.getpid()))  # not on every kernel
         file = os.memfd_create("torchbasics")
         os.posix_fallocate(file, 0, size)
         os.write(file, token)
@@ -141,10 +149,14 @@ def _map(path: str, size: int, token: bytes) -> mmap.mmap | None:
 
 def _is_running(pid: int) -> bool:
     """Whether a process has not ended; one that nobody has waited for yet has."""
+    if sys.platform != "linux":
+        return False
     try:
         file = os.pidfd_open(pid)
-    except OSError:
+    except ProcessLookupError:
         return False
+    except OSError:  # too many files are open: that says nothing of the other
+        return True
     try:
         ended = select.poll()
         ended.register(file, select.POLLIN)
