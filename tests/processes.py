@@ -17,6 +17,7 @@ import faulthandler
 import io
 import multiprocessing
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -36,10 +37,26 @@ from torchbasics import distributed
 
 AVAILABLE = "forkserver" in multiprocessing.get_all_start_methods() and dist.is_available() and dist.is_gloo_available()
 needs_processes = unittest.skipUnless(AVAILABLE, "needs multiprocessing's forkserver, and torch.distributed with gloo")
+
+
+def _shares_memory() -> bool:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    try:
+        os.close(os.memfd_create("test"))
+        os.close(os.pidfd_open(os.getpid()))
+        return True
+    except (AttributeError, OSError):
+        return False
+
+
+SHARES_MEMORY = _shares_memory()
+needs_shared_memory = unittest.skipUnless(SHARES_MEMORY, "needs Linux on x86-64, with memfd_create and pidfd_open")
 # what the functions need anyway, so that it is imported once: an optimizer's first step imports torch._dynamo, and the
 # modules that they are in are most of what is left
 PRELOAD = ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
-           *(f"tests.test_{name}" for name in ("distributed", "parallel", "train_ddp", "trainer"))]  # fmt: skip
+           *(f"tests.test_{name}" for name in (
+               "distributed", "parallel", "shared_memory", "train_ddp", "trainer"))]  # fmt: skip
 
 
 class Outcome(NamedTuple):

@@ -20,8 +20,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tests.processes import in_processes, needs_processes, outcomes
-from tests.test_shared_memory import SHARES_MEMORY
+from tests.processes import SHARES_MEMORY, in_processes, needs_processes, outcomes
 from torchbasics import distributed
 from torchbasics.distributed import OtherRankFailed
 from torchbasics.evaluation import RunningMeans
@@ -293,7 +292,7 @@ def lost_at_the_start(rank: int) -> list[Any]:
         with gone, distributed.process_group(CPU, 20.0):
             return ["it began"]
     except OSError as error:
-        return [str(error).partition(": ")[2], distributed.is_distributed()]
+        return [str(error).partition(": ")[2], distributed.is_distributed(), distributed._store is None]
 
 
 @needs_processes
@@ -304,7 +303,7 @@ class ManyProcesses(unittest.TestCase):
             self.assertEqual(found, ["soon: True", "nothing failed"])
 
     def test_who_is_lost_at_the_start(self) -> None:
-        expected = ["the processes did not find each other (Connection closed by peer)", False]
+        expected = ["the processes did not find each other (Connection closed by peer)", False, True]
         self.assertEqual(in_processes(2, lost_at_the_start, group=False), [expected] * 2)
 
     def test_values(self) -> None:

@@ -27,8 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.processes import in_processes, needs_processes, outcomes
-from tests.test_shared_memory import SHARES_MEMORY
+from tests.processes import SHARES_MEMORY, in_processes, needs_processes, needs_shared_memory, outcomes
 from torchbasics import distributed, parallel
 from torchbasics.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint
 from torchbasics.data import RandomAffine, TensorLoader
@@ -1034,7 +1033,7 @@ class Exchange(ParallelCase):
             self.assertEqual(found["sparse"].tolist(), [[0.5] * 2, [0.5] * 2, [0.0] * 2])
             self.assertEqual((found["used"].tolist(), found["unused"]), ([[1.5]], None))
 
-    @unittest.skipUnless(SHARES_MEMORY, "processes do not share memory here")
+    @needs_shared_memory
     def test_who_is_killed_while_the_others_wait_for_its_gradient(self) -> None:
         first, second = outcomes(2, killed_in_backward)
         self.assertEqual(second.code, -signal.SIGKILL)

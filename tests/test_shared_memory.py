@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-import platform
 import random
 import signal
-import sys
 import threading
 import time
 import types
@@ -23,24 +21,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tests.processes import in_processes, needs_processes, outcomes
+from tests.processes import in_processes, needs_processes, needs_shared_memory, outcomes
 from torchbasics import shared_memory
 from torchbasics.shared_memory import LINE, READ, WRITTEN, SharedRows, share_rows
-
-
-def supported() -> bool:
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return False
-    try:
-        os.close(os.memfd_create("test"))
-        os.close(os.pidfd_open(os.getpid()))
-        return True
-    except (AttributeError, OSError):
-        return False
-
-
-SHARES_MEMORY = supported()
-on_its_machine = unittest.skipUnless(SHARES_MEMORY, "needs Linux on x86-64, with memfd_create and pidfd_open")
 
 
 def rows_of(count: int, row: int = 2 * LINE, timeout: float = 10.0) -> list[SharedRows]:
@@ -84,7 +67,7 @@ def gather(rows: SharedRows, value: float, before_reading: float = 0.0, before_w
     return found
 
 
-@on_its_machine
+@needs_shared_memory
 class Rounds(unittest.TestCase):
     def test_who_is_late_is_waited_for(self) -> None:
         one, two = rows_of(2)
@@ -126,7 +109,7 @@ class Rounds(unittest.TestCase):
         self.assertEqual(one.of(torch.float32, 5, LINE)[1].tolist(), [0] * 5)
 
 
-@on_its_machine
+@needs_shared_memory
 class WhoIsGone(unittest.TestCase):
     def refused(self, rows: SharedRows, pattern: str) -> float:
         rows.begin()
@@ -262,7 +245,7 @@ def killed_in_round(rank: int) -> str:
 
 
 @needs_processes
-@on_its_machine
+@needs_shared_memory
 class ManyProcesses(unittest.TestCase):
     def test_what_is_written_is_read(self) -> None:
         for count, rounds in ((2, 3000), (3, 1000)):  # three on two cores: one of them always rests

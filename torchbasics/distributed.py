@@ -114,8 +114,9 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
         _job_store = dist.PrefixStore("torchbasics/job", store)
         dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=limit, **bound)
         if device.type == "cpu" and local_world_size() == size > 1:
-            _rows = _remembered(share_rows(8 * SMALL, timeout))
+            _rows = _share(8 * SMALL, timeout)
     except (RuntimeError, ValueError) as error:
+        _store = _job_store = None
         if is_distributed():
             dist.destroy_process_group()
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -257,11 +258,12 @@ def on_main(function: Callable[[], T]) -> T:
 
 def shared_rows(size: int) -> SharedRows | None:
     """Rows of `size` bytes more, by all processes together; None where they do not share memory."""
-    return None if _rows is None else _remembered(share_rows(size, _rows.timeout))
+    return None if _rows is None else _share(size, _rows.timeout)
 
 
-def _remembered(rows: SharedRows | None) -> SharedRows | None:
-    """`rows`, which this process leaves with the group."""
+def _share(size: int, timeout: float) -> SharedRows | None:
+    """`share_rows`, which this process leaves with the group."""
+    rows = share_rows(size, timeout)
     if rows is not None:
         _all_rows.add(rows)
     return rows

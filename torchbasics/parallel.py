@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from torchbasics import distributed
 from torchbasics.checkpoint import bare_model, bare_state_dict, fitting_weights, load_weights
-from torchbasics.shared_memory import LINE, SharedRows
+from torchbasics.shared_memory import LINE, SharedRows, whole_lines
 
 STRATEGIES = ("ddp", "fsdp")
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -214,7 +214,7 @@ class GradientExchange:
         if not self._written:
             rows.begin()
         future: torch.futures.Future[Tensor] = torch.futures.Future()
-        gradient, offset = bucket.buffer(), sum(_in_lines(before.nbytes) for _, before, _ in self._written)
+        gradient, offset = bucket.buffer(), sum(whole_lines(before.nbytes) for _, before, _ in self._written)
         parts = rows.of(gradient.dtype, gradient.numel(), offset)
         torch.div(gradient, len(parts), out=parts[rows.rank])
         self._written.append((future, gradient, parts))
@@ -237,11 +237,6 @@ def _always_whole(model: DistributedDataParallel) -> bool:
     """Whether DDP hands over all gradients at each step, each as large as its parameter."""
     sparse = any(getattr(module, "sparse", False) for module in model.modules())  # Embedding, EmbeddingBag
     return not (sparse or model.skip_all_reduce_unused_params or model.mixed_precision)
-
-
-def _in_lines(size: int) -> int:
-    """`size` in bytes, up to where `SharedRows.of` may begin again."""
-    return -(-size // LINE) * LINE
 
 
 # ------------------------------------------------------------------------------------ the state, as of a single process

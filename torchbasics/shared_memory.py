@@ -42,7 +42,7 @@ class SharedRows:
         self._counts = memoryview(memory)[LINE:begin].cast("q", (len(pids), LINE // 8))
 
     def of(self, dtype: torch.dtype, count: int, offset: int = 0) -> Tensor:
-        """(processes, count): what lies `offset` bytes (a multiple of 64) from the start of each row."""
+        """(processes, count): what lies `offset` bytes (`whole_lines`) from the start of each row."""
         return self._rows[:, offset : offset + count * dtype.itemsize].view(dtype)
 
     def begin(self) -> None:
@@ -86,13 +86,18 @@ class SharedRows:
                     raise dist.DistNetworkError(f"rank {rank} {how}")
 
 
+def whole_lines(size: int) -> int:
+    """`size` in bytes, up to where what follows may begin."""
+    return -(-size // LINE) * LINE
+
+
 def share_rows(size: int, timeout: float) -> SharedRows | None:
     """Rows of at least `size` bytes for all processes of the process group, which call this together.
 
     None, for all of them, where they are not on one machine that can do this, or where there is too little memory.
     """
-    rank, row = dist.get_rank(), -(-size // LINE) * LINE
-    whole = LINE + dist.get_world_size() * (LINE + row)
+    rank = dist.get_rank()
+    whole = LINE + dist.get_world_size() * (LINE + whole_lines(size))
     token = secrets.token_bytes(LINE)
     file = _new_memory(whole, token) if rank == 0 else None
     try:
