@@ -175,8 +175,11 @@ class PlainLoop(TrainerCase):
         for wanted in (False, True):
             model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 3))
             for tensor in (lambda inputs: inputs[0], lambda _, conv=model[0]: conv.weight):
-                model.register_forward_pre_hook(lambda _, inputs, tensor=tensor: seen.append(
-                    tensor(inputs).is_contiguous(memory_format=torch.channels_last)))
+                model.register_forward_pre_hook(
+                    lambda _, inputs, tensor=tensor: seen.append(
+                        tensor(inputs).is_contiguous(memory_format=torch.channels_last)
+                    )
+                )
             images = [(torch.randn(4, 3, 8, 8), torch.arange(4) % 3)]
             trainer = Trainer(model, nn.CrossEntropyLoss(), sgd(model), channels_last=wanted)
             trainer.fit(images, images, 1, verbose=False)
@@ -603,6 +606,43 @@ class Averages(TrainerCase):
             self.assertTrue(
                 torch.equal(trainer.predict(batches), torch.cat([averaged(inputs) for inputs, _ in batches]))
             )
+
+
+class ClearedGradients(TrainerCase):
+    """As `zero_grad` does it, without calling torch's own."""
+
+    def test_before_an_epoch_and_after_each_step(self) -> None:
+        mine, other = network(), network()
+        for parameter in mine.parameters():  # of a step that somebody broke off
+            parameter.grad = torch.ones_like(parameter)
+        seen: list[bool] = []
+        trainer = Trainer(
+            mine,
+            nn.CrossEntropyLoss(),
+            sgd(mine),
+            on_step_end=[lambda _: seen.append(all(p.grad is None for p in mine.parameters()))],
+        )
+        trainer.fit(classes(), num_epochs=1, verbose=False)
+        self.assertEqual(seen, [True] * len(classes()))
+        Trainer(other, nn.CrossEntropyLoss(), sgd(other)).fit(classes(), num_epochs=1, verbose=False)
+        self.assert_same_weights(mine, other)
+
+    def test_an_optimizers_own_way_is_taken(self) -> None:
+        class Counting(torch.optim.SGD):
+            calls = 0
+
+            def zero_grad(self, set_to_none: bool = True) -> None:
+                self.calls += 1
+                super().zero_grad(set_to_none)
+
+        model, patched = network(), network()
+        optimizer = Counting(model.parameters(), 0.1)
+        Trainer(model, nn.CrossEntropyLoss(), optimizer).fit(classes(), num_epochs=1, verbose=False)
+        self.assertEqual(optimizer.calls, 1 + len(classes()))
+        plain = sgd(patched)
+        with mock.patch.object(plain, "zero_grad", side_effect=plain.zero_grad) as of_the_object:
+            Trainer(patched, nn.CrossEntropyLoss(), plain).fit(classes(), num_epochs=1, verbose=False)
+        self.assertEqual(of_the_object.call_count, 1 + len(classes()))
 
 
 class OneSampleLeft(TrainerCase):
