@@ -269,8 +269,8 @@ def failing_main(rank: int) -> list[Any]:
     return [caught, said, distributed.all_gather([rank])]
 
 
-def leaving(rank: int) -> str:
-    """Rank 1 leaves the group by an exception, and lives on."""
+def leaving(rank: int, noticed: str) -> str:
+    """Rank 1 leaves the group by an exception, and lives on until that is `noticed`."""
     began = time.monotonic()
     try:
         with distributed.process_group(CPU, 20.0):
@@ -279,8 +279,10 @@ def leaving(rank: int) -> str:
                 raise KeyError("of rank 1")
             distributed.barrier()
     except KeyError:
-        time.sleep(4)
+        while not Path(noticed).exists() and time.monotonic() < began + 6:
+            time.sleep(0.02)
     except RuntimeError as error:
+        Path(noticed).touch()
         return f"{'soon' if time.monotonic() - began < 3 else 'late'}: {distributed.is_lost_contact(error)}"
     return "nothing failed"
 
@@ -299,7 +301,8 @@ def lost_at_the_start(rank: int) -> list[Any]:
 class ManyProcesses(unittest.TestCase):
     def test_who_leaves_is_not_waited_for(self) -> None:
         for local in ("2", "1"):
-            found = in_processes(2, leaving, group=False, LOCAL_WORLD_SIZE=local)
+            with tempfile.TemporaryDirectory() as folder:
+                found = in_processes(2, leaving, f"{folder}/noticed by 0", group=False, LOCAL_WORLD_SIZE=local)
             self.assertEqual(found, ["soon: True", "nothing failed"])
 
     def test_who_is_lost_at_the_start(self) -> None:
