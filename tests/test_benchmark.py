@@ -230,6 +230,23 @@ class Fair(WithSetting):
         loader = tb.TensorLoader(inputs, targets, 256, mean=script.MEAN, std=script.STD)
         torch.testing.assert_close(torch.stack([found[i][0] for i in range(5)]), next(iter(loader))[0][:5])
 
+    def test_an_import_is_timed_beside_torchs_from_bytecode(self) -> None:
+        seen: list[dict[str, str]] = []
+
+        def child(command: list[str], setting: Any, environment: dict[str, str]) -> str:
+            seen.append(environment)
+            return f"{len(seen) + 0.25} {len(seen)}\n"
+
+        self.patch(child=child)
+        (row,) = script.import_time(self.setting)
+        self.assertEqual((row["ours"]["median"], row["peers"]["median"]), (2.75, 2.5))  # the first warms up
+        self.assertEqual(row["ratio"], {"median": 0.25, "min": 0.25, "max": 0.25})
+        for environment in seen:
+            self.assertEqual(environment["PYTHONDONTWRITEBYTECODE"], "")
+            home = Path(environment["PYTHONPATH"].split(os.pathsep)[0])
+            self.assertEqual(home.parent, self.folder)  # removed with it
+            self.assertTrue((home / "torchbasics" / "trainer.py").is_file())
+
     def test_peers_that_are_not_installed(self) -> None:
         self.patch(interleaved=lambda runs, *contenders: [[2e-3] * runs] * len(contenders))
         with mock.patch("importlib.util.find_spec", return_value=None):
