@@ -322,8 +322,8 @@ def torchvision_mnist(root: Path, train: bool = True, augment: bool = False) -> 
 def import_time(setting: Setting) -> Iterator[dict[str, Any]]:
     """Fresh processes that import torch, then the package; both times begin at the same moment.
 
-    So what varies between processes, ten times what is looked for, is in both. Both come from bytecode: ours from that
-    of a copy, since here perhaps none may be written (PYTHONDONTWRITEBYTECODE), and compiling takes longer than all.
+    So what varies between processes, ten times what is looked for, is in both. The package is a copy, which may write
+    its bytecode: where PYTHONDONTWRITEBYTECODE is set it would be compiled in each process, unlike an installed torch.
     """
     home = setting.folder / "imported"
     shutil.copytree(Path(tb.__file__).parent, home / "torchbasics", ignore=shutil.ignore_patterns("__pycache__"))
