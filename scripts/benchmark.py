@@ -91,8 +91,8 @@ class Setting:
 
     @property
     def pairs(self) -> int:
-        """Repetitions where a difference of a percent is looked for."""
-        return self.few(max(self.runs, 21), 2)
+        """Repetitions where a difference of a percent is looked for: the machine's own speed varies by ten."""
+        return self.few(max(self.runs, 61), 2)
 
 
 # ----------------------------------------------------------------------------------------------------- what a figure is
@@ -337,7 +337,7 @@ def import_time(setting: Setting) -> Iterator[dict[str, Any]]:
         return [float(seconds) for seconds in said.split()]
 
     importing()  # to warm up: it reads the files, and writes the bytecode
-    ours, peers = zip(*(importing() for _ in range(setting.pairs)), strict=True)
+    ours, peers = zip(*(importing() for _ in range(setting.few(max(setting.runs, 21), 2))), strict=True)
     yield row("import torchbasics", "import torch", "seconds more", "s", ours, peers, Goal("≤", 0.05))
 
 
@@ -489,7 +489,7 @@ def per_step(epoch: Callable[[], Any], job: Job) -> Callable[[], float]:
 
 def loop(setting: Setting) -> Iterator[dict[str, Any]]:
     """Trainer.fit against a hand-written loop over the same batches, then against others' trainers."""
-    for tiny, steps, kind, goal in ((False, setting.few(40, 2), "as long", Goal("≤", 1.01)),
+    for tiny, steps, kind, goal in ((False, setting.few(20, 2), "as long", Goal("≤", 1.01)),
                                     (True, setting.few(400, 20), "seconds more", Goal("≤", 10e-6))):
         job = make_job(setting, tiny, steps)  # one for both: two equal models differ by percents, by where they lie
         seconds, others = interleaved(setting.pairs, per_step(by_trainer(job), job),
@@ -597,10 +597,10 @@ def step(setting: Setting) -> Iterator[dict[str, Any]]:
 
 def monitor(setting: Setting) -> Iterator[dict[str, Any]]:
     """GradientMonitor as a call-back, which reports at every tenth step."""
-    watched, plain = (make_job(setting, False, setting.few(40, 10)) for _ in range(2))
-    callback = tb.GradientMonitor(watched.model, every=10, verbose=False)
-    ours, peers = interleaved(setting.pairs, per_step(by_trainer(watched, on_step_end=(callback,)), watched),
-                              per_step(by_trainer(plain), plain))
+    job = make_job(setting, False, setting.few(20, 10))  # one for both, as in `loop`
+    callback = tb.GradientMonitor(job.model, every=10, verbose=False)
+    ours, peers = interleaved(setting.pairs, per_step(by_trainer(job, on_step_end=(callback,)), job),
+                              per_step(by_trainer(job), job))
     yield row("a step of MNISTNet with GradientMonitor every 10 steps", "without it", "as long", "s", ours, peers,
               Goal("≤", 1.02))
 
@@ -979,7 +979,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"{', '.join(SECTIONS)}; may be given several times (default: all)")
     add("--quick", action="store_true", help="all in small, in a few minutes; figures mean little (default: off)")
     add("--runs", type=options.COUNT, default=5, metavar="N",
-        help="pairs of runs of each measurement; seeds of speedrun; at least 7 where percents count (default: 5)")
+        help="pairs of runs of each measurement; seeds of speedrun; at least 61 where percents count (default: 5)")
     add("--long-runs", type=options.COUNT, default=1, metavar="N",
         help="whole trainings of each side, minutes each, in run (default: 1)")
     add("--data-dir", default="./data", metavar="DIR", help="where MNIST is; it is not downloaded; without it drawn "
