@@ -765,7 +765,7 @@ def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
     for images, ours, peers, free in zip(sizes, (two, larger_two), (one, larger_one), apart, strict=True):
         what = f"2 processes of one thread, {images} images a batch"
         yield row(what, "1 process of one thread", "the rate", "images/s", ours, peers, Goal("≥", 1.8),
-                  "they exchange the gradient of 871,018 weights at each step")
+                  "they exchange the gradients of the default network at each step")
         yield row(what, "2 trainings of half batches side by side", "the rate", "images/s", ours, free,
                   note=f"these exchange nothing, and are {statistics.median(map(operator.truediv, free, peers)):.2f} "
                   "times one process: so much this machine allows")
@@ -802,7 +802,7 @@ def gpu(setting: Setting) -> Iterator[dict[str, Any]]:
     yield row("MNISTNet: waits for the device in 10 steps", "", "count", "", [float(bool(waits))], goal=Goal("≤", 0),
               note=waits)
     dataset, epochs = ("--dataset", "mnist" if has_mnist(setting) else "digits"), setting.few(6, 2)
-    short = (*dataset, "--epochs", epochs, *(("--limit-batches", 20) if setting.quick else ()))
+    short = (*dataset, "--model", "mnistnet", "--epochs", epochs, *(("--limit-batches", 20) if setting.quick else ()))
     pairs = [[train(setting, *short, *choice)["epoch_rates"][1:] for choice in (("--cuda-graph", "auto"), ())]
              for _ in range(setting.few(min(setting.runs, 3), 1))]
     graph, eager = (list(itertools.chain.from_iterable(series)) for series in zip(*pairs, strict=True))

@@ -247,6 +247,22 @@ class Fair(WithSetting):
             self.assertEqual(home.parent, self.folder)  # removed with it
             self.assertTrue((home / "torchbasics" / "trainer.py").is_file())
 
+    def test_the_monitor_watches_one_of_two_loops_over_one_model(self) -> None:
+        calls: list[int] = []
+
+        def interleaved(runs: int, *contenders: Any) -> list[list[float]]:
+            for contender in contenders:
+                contender()
+                calls.append(monitor.call_count)
+            return [[1.0]] * len(contenders)
+
+        self.patch(interleaved=interleaved)
+        with mock.patch.object(tb.GradientMonitor, "__call__", autospec=True) as monitor:
+            list(script.monitor(self.setting))
+        self.assertEqual(calls, [2, 2])  # once a step of the 256 images, then not at all
+        (watched,) = {id(call.args[0].model) for call in monitor.call_args_list}
+        self.assertEqual({id(call.args[1].model) for call in monitor.call_args_list}, {watched})
+
     def test_peers_that_are_not_installed(self) -> None:
         self.patch(interleaved=lambda runs, *contenders: [[2e-3] * runs] * len(contenders))
         with mock.patch("importlib.util.find_spec", return_value=None):

@@ -86,16 +86,17 @@ class ParameterCounts(unittest.TestCase):
         self.check(MNISTNet(), 871_018)
 
     def test_fast_net(self) -> None:
-        convolutions = 25 * 16 + 9 * (16 * 32 + 32 * 64) + norm(16) + norm(32) + norm(64)
-        self.assertEqual(convolutions + linear(576, 10), 29_434)
-        self.check(FastNet(), 29_434)
+        weights = 25 * 16 + norm(16) + 9 * 16 * 48 + norm(48) + 16 * 48 * 256 + norm(256)
+        self.assertEqual(weights + linear(256, 10), 207_130)
+        self.check(FastNet(), 207_130)
 
     def test_small_vgg(self) -> None:
-        pairs = ((1, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128))
-        self.assertEqual(sum(9 * n * m + norm(m) for n, m in pairs) + linear(9 * 128, 10), 298_410)
-        self.check(SmallVGG(), 298_410)
-        pairs = ((1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8))
-        self.check(SmallVGG(width=2), sum(9 * n * m + norm(m) for n, m in pairs) + linear(9 * 8, 10))
+        pairs = ((1, 16), (16, 32), (32, 64), (64, 128), (128, 128))
+        self.assertEqual(sum(9 * n * m + norm(m) for n, m in pairs) + linear(4 * 128, 10), 250_234)
+        self.check(SmallVGG(), 250_234)
+        self.check(SmallVGG(width=48), 558_514)
+        pairs = ((1, 2), (2, 3), (3, 6), (6, 12), (12, 12))
+        self.check(SmallVGG(width=3), sum(9 * n * m + norm(m) for n, m in pairs) + linear(4 * 12, 10))
 
     def test_image_sizes_and_channels(self) -> None:
         convolutions = conv(3, 32) + norm(32) + conv(32, 64) + norm(64)
@@ -103,7 +104,7 @@ class ParameterCounts(unittest.TestCase):
         for size in (4, 12, 32):
             for model in (CNN(in_channels=2, image_size=size), MNISTNet(in_channels=2, image_size=size)):
                 self.assertEqual(model(torch.randn(2, 2, size, size)).shape, (2, 10))
-        for kind, sizes in ((SmallVGG, (8, 12, 32)), (FastNet, (20, 24, 36))):
+        for kind, sizes in ((SmallVGG, (24, 28, 36)), (FastNet, (16, 20, 24, 36))):
             for size in sizes:
                 model = kind(in_channels=2, image_size=size)
                 self.assertEqual(model(torch.randn(2, 2, size, size)).shape, (2, 10))
@@ -144,19 +145,19 @@ class Forward(unittest.TestCase):
     def test_fast_net_in_eval_mode_against_functional_calls(self) -> None:
         model = FastNet(image_size=20).eval()
         x = torch.randn(2, 1, 20, 20)
-        w = [p for p in model.parameters() if p.ndim != 1] + [model.classifier.bias]
+        w = list(model.parameters())
         scale = 1 / math.sqrt(1 + 1e-5)
-        h = F.max_pool2d(F.relu(F.conv2d(x, w[0], stride=2, padding=2) * scale), 2)
-        h = F.relu(F.conv2d(h, w[1]) * scale)
-        h = F.relu(F.conv2d(h, w[2]) * scale)
-        torch.testing.assert_close(model(x), F.linear(h.flatten(1), w[3], w[4]))
+        h = F.max_pool2d(F.relu(F.conv2d(x, w[0], stride=2) * scale), 2)
+        h = F.relu(F.conv2d(h, w[3]) * scale)
+        h = F.relu(F.linear(h.permute(0, 2, 3, 1).reshape(2, -1), w[6]) * scale)
+        torch.testing.assert_close(model(x), F.linear(h, w[9], w[10]))
 
     def test_small_vgg_in_eval_mode_against_functional_calls(self) -> None:
-        model = SmallVGG(image_size=8, width=2).eval()
-        h = x = torch.randn(2, 1, 8, 8)
+        model = SmallVGG(image_size=24, width=2).eval()
+        h = x = torch.randn(2, 1, 24, 24)
         weights = [p for p in model.parameters() if p.ndim == 4]
         for i, weight in enumerate(weights):
-            h = F.relu(F.conv2d(h, weight, padding=1) / math.sqrt(1 + 1e-5))
+            h = F.relu(F.conv2d(h, weight) / math.sqrt(1 + 1e-5))
             h = F.max_pool2d(h, 2) if i % 2 else h
         torch.testing.assert_close(model(x), model.classifier(h.flatten(1)))
 
@@ -264,8 +265,9 @@ class Forward(unittest.TestCase):
             (lambda: MNISTNet(image_size=2), "multiple of 4.*2"),
             (lambda: CNN(image_size=0), "image_size.*positive integer.*0"),
             (lambda: MNISTNet(in_channels=0), "in_channels.*0"),
-            (lambda: FastNet(image_size=16), "at least 20.*16"),
+            (lambda: FastNet(image_size=12), "at least 16.*12"),
             (lambda: SmallVGG(image_size=30), "multiple of 4.*30"),
+            (lambda: SmallVGG(image_size=20), "at least 24.*20"),
             (lambda: SmallVGG(width=0), "width.*0"),
             (lambda: SimpleNet(num_classes=0), "num_classes.*0"),
             (lambda: SimpleNet(hidden_sizes=(3, -1)), "hidden_sizes.*-1"),
@@ -487,13 +489,14 @@ class MakeModel(unittest.TestCase):
             "simplenet": models.SimpleNet(3 * 32 * 32, num_classes=7),
             "fastnet": models.FastNet(7, 3, 32),
             "smallvgg": models.SmallVGG(7, 3, 32, 0.1),
+            "widevgg": models.SmallVGG(7, 3, 32, 0.1, width=48),
         }
         self.assertEqual(set(models.MODELS), set(expected))
         for name, model in expected.items():
             self.assertEqual(str(models.make_model(name, 7, 3, 32, 0.1)), str(model), name)
 
     def test_another_name_is_refused_with_the_names(self) -> None:
-        with self.assertRaisesRegex(ValueError, "mnistnet, cnn, mlp, simplenet, fastnet, smallvgg, got 'resnet'"):
+        with self.assertRaisesRegex(ValueError, "mnistnet, cnn, .*, smallvgg, widevgg, got 'resnet'"):
             models.make_model("resnet")
 
 

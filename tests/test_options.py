@@ -63,7 +63,7 @@ class Presets(unittest.TestCase):
             ("--ema", "0.5", "--no-tta", "--preset", "best"),
         ):
             args = self.parse(*argv)
-            self.assertEqual((args["ema"], args["tta"], args["model"]), (0.5, False, "smallvgg"))
+            self.assertEqual((args["ema"], args["tta"], args["model"]), (0.5, False, "widevgg"))
 
     def test_help_says_what_it_sets_as_one_would_type_it(self) -> None:
         text = " ".join(make_parser().format_help().split())

@@ -1012,7 +1012,7 @@ class Help(ScriptCase):
                 args.augment,
                 args.save_every,
             ),
-            (15, 128, 5000, 42, "auto", "./data", "mnistnet", 0.25, "auto", "auto", True, None),
+            (15, 128, 5000, 42, "auto", "./data", "smallvgg", 0.2, "auto", "auto", True, None),
         )
 
     def test_help_and_version_run(self) -> None:

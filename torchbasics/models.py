@@ -158,58 +158,71 @@ class MNISTNet(nn.Module):
 
 
 class FastNet(nn.Module):
-    """A convolution of stride 2, pooled at once, then two small ones: 99% on MNIST after a second of training.
+    """Two small convolutions and two linear layers: 99% on MNIST after a second of training.
 
-    Pooling comes before BatchNorm and ReLU, which then have a quarter of the work; the others have no padding and so
-    need no second pooling. 29,434 parameters by default. Input, output and errors as for `CNN`; `image_size` is at
-    least 20.
+    Small convolutions are slow on a CPU for their arithmetic, so there are only two, without padding. The first has a
+    stride of 2 and is pooled at once, so that BatchNorm and ReLU have a quarter of the work. 207,130 parameters by
+    default. Input, output and errors as for `CNN`; `image_size` is at least 16.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> None:
         super().__init__()
-        _check_image_model(num_classes, in_channels, image_size, smallest=20)
+        _check_image_model(num_classes, in_channels, image_size, smallest=16)
         self.in_channels, self.image_size = in_channels, image_size
         self.features = nn.Sequential(
-            *_plain_conv(in_channels, 16, kernel=5, stride=2, padding=2, pool=True),  # (B, 16, 7, 7)
-            *_plain_conv(16, 32, padding=0),  # (B, 32, 5, 5)
-            *_plain_conv(32, 64, padding=0),  # (B, 64, 3, 3)
+            *_plain_conv(in_channels, 16, kernel=5, stride=2, pool=True),  # (B, 16, 6, 6)
+            *_plain_conv(16, 48),  # (B, 48, 4, 4)
         )
-        self.classifier = nn.Linear(64 * (image_size // 4 - 4) ** 2, num_classes)
+        self.classifier = nn.Sequential(
+            nn.Linear(48 * (image_size // 4 - 3) ** 2, 256, bias=False),
+            nn.BatchNorm1d(256),
+            nn.ReLU(),
+            nn.Linear(256, num_classes),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         _check_images(x, self.in_channels, self.image_size)
-        return self.classifier(self.features(x).flatten(1))  # (B, 576) -> (B, 10)
+        x = self.features(x).permute(0, 2, 3, 1)  # (B, 4, 4, 48), as channels_last has it: a tenth of a step's time
+        return self.classifier(x.flatten(1))  # (B, 768) -> (B, 10)
 
 
 class SmallVGG(nn.Module):
-    """Three blocks of two convolutions (32, 64, 128 channels), then one linear layer.
+    """Five convolutions (16, 32, pool, 64, 128, pool, 128 channels) without padding, then one linear layer.
 
-    After VGG (Simonyan and Zisserman, arXiv:1409.1556), with BatchNorm. `dropout` stands before the linear layer; half
-    as often a block drops a whole channel. 298,410 parameters by default. Input, output and errors as for `CNN`;
-    `image_size` is at least 8.
+    After VGG (Simonyan and Zisserman, arXiv:1409.1556), with BatchNorm. More accurate on MNIST than MNISTNet in two
+    thirds of its time: few channels where images are large, many where they are small, and pooling before BatchNorm and
+    ReLU, which then have a quarter of the work. `width` is the second convolution's channels, the others' go with it.
+    `dropout` stands before the linear layer; half as often a block drops a whole channel. 250,234 parameters by
+    default. Input, output and errors as for `CNN`; `image_size` is at least 24.
     """
 
     def __init__(
         self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28, dropout: float = 0.2, width: int = 32
     ) -> None:
         super().__init__()
-        _check_image_model(num_classes, in_channels, image_size, smallest=8)
+        _check_image_model(num_classes, in_channels, image_size, smallest=24)
         _check_sizes(width=width)
         self.in_channels, self.image_size = in_channels, image_size
-        blocks = []
-        for n, m in ((in_channels, width), (width, 2 * width), (2 * width, 4 * width)):
-            blocks += [*_plain_conv(n, m), *_plain_conv(m, m, pool=True), nn.Dropout2d(dropout / 2)]
-        self.features = nn.Sequential(*blocks)
+        half, twice, most = -(-width // 2), 2 * width, 4 * width
+        self.features = nn.Sequential(
+            *_plain_conv(in_channels, half),  # (B, 16, 26, 26)
+            *_plain_conv(half, width, pool=True),  # (B, 32, 12, 12)
+            nn.Dropout2d(dropout / 2),
+            *_plain_conv(width, twice),  # (B, 64, 10, 10)
+            *_plain_conv(twice, most, pool=True),  # (B, 128, 4, 4)
+            nn.Dropout2d(dropout / 2),
+            *_plain_conv(most, most),  # (B, 128, 2, 2)
+            nn.Dropout2d(dropout / 2),
+        )
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(4 * width * (image_size // 8) ** 2, num_classes)
+        self.classifier = nn.Linear(most * (image_size // 4 - 5) ** 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_images(x, self.in_channels, self.image_size)
-        x = self.features(x)  # (B, 128, 3, 3)
-        return self.classifier(self.dropout(x.flatten(1)))  # (B, 1152) -> (B, 10)
+        return self.classifier(self.dropout(self.features(x).flatten(1)))  # (B, 512) -> (B, 10)
 
 
-MODELS = ("mnistnet", "cnn", "mlp", "simplenet", "fastnet", "smallvgg")
+MODELS = ("mnistnet", "cnn", "mlp", "simplenet", "fastnet", "smallvgg", "widevgg")
 
 
 def make_model(
@@ -217,8 +230,8 @@ def make_model(
 ) -> nn.Module:
     """Return the untrained classifier `name` (one of MODELS) for images of that many channels and pixels.
 
-    `mlp` has hidden layers of 256 units; `simplenet` and `fastnet` have no dropout. Raises ValueError for another name
-    or bad sizes.
+    `widevgg` is SmallVGG with 48 channels for 32; `mlp` has hidden layers of 256 units; `simplenet` and `fastnet` have
+    no dropout. Raises ValueError for another name or bad sizes.
     """
     if name == "mnistnet":
         return MNISTNet(num_classes, dropout, in_channels, image_size)
@@ -232,6 +245,8 @@ def make_model(
         return FastNet(num_classes, in_channels, image_size)
     if name == "smallvgg":
         return SmallVGG(num_classes, in_channels, image_size, dropout)
+    if name == "widevgg":
+        return SmallVGG(num_classes, in_channels, image_size, dropout, width=48)
     raise ValueError(f"expected a model of {', '.join(MODELS)}, got {name!r}")
 
 
@@ -408,10 +423,9 @@ def _conv(n: int, m: int, pool: bool = False) -> list[nn.Module]:
     return [nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), *_pool(pool), nn.ReLU()]
 
 
-def _plain_conv(
-    n: int, m: int, kernel: int = 3, stride: int = 1, padding: int = 1, pool: bool = False
-) -> list[nn.Module]:
-    conv = nn.Conv2d(n, m, kernel, stride, padding, bias=False)  # BatchNorm would take a bias away again
+def _plain_conv(n: int, m: int, kernel: int = 3, stride: int = 1, pool: bool = False) -> list[nn.Module]:
+    """Convolution without padding → pool → BatchNorm → ReLU, which have less to do after the pool than before it."""
+    conv = nn.Conv2d(n, m, kernel, stride, bias=False)  # BatchNorm would take a bias away again
     return [conv, *_pool(pool), nn.BatchNorm2d(m), nn.ReLU()]
 
 
