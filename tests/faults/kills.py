@@ -376,9 +376,14 @@ def started_together(row: Row) -> None:
         problems += [p for c in children if c.code == 2 for p in one_error(c, "another run is using", codes=(2,))]
         row.case(f"{number} starts, {kind}", problems, differences(run, expected))
         remove(run)
-    run = row.new()
-    holder = start(training(*SMALL, "--output", run, hook=lambda trainer: time.sleep(60)), run)
-    while not (run / "run.json").exists() and holder.poll() is None:
+    run, holds = row.new(), Shared()
+
+    def hold(trainer: tb.Trainer) -> None:
+        holds.value = trainer.step
+        time.sleep(60)
+
+    holder = start(training(*SMALL, "--output", run, hook=hold), run)
+    while not holds.value and holder.poll() is None:  # metrics.jsonl is written after run.json
         time.sleep(0.01)
     before = snapshot(run)
     second = start(training("--resume", run), row.new("second"))
