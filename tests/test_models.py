@@ -91,12 +91,13 @@ class ParameterCounts(unittest.TestCase):
         self.check(FastNet(), 207_130)
 
     def test_small_vgg(self) -> None:
-        pairs = ((1, 16), (16, 32), (32, 64), (64, 128), (128, 128))
-        self.assertEqual(sum(9 * n * m + norm(m) for n, m in pairs) + linear(4 * 128, 10), 250_234)
-        self.check(SmallVGG(), 250_234)
-        self.check(SmallVGG(width=48), 558_514)
-        pairs = ((1, 2), (2, 3), (3, 6), (6, 12), (12, 12))
-        self.check(SmallVGG(width=3), sum(9 * n * m + norm(m) for n, m in pairs) + linear(4 * 12, 10))
+        pairs = ((1, 16), (16, 32), (32, 64), (64, 64), (64, 128))
+        self.assertEqual(sum(9 * n * m + norm(m) for n, m in pairs) + linear(4 * 128, 10), 139_514)
+        self.check(SmallVGG(), 139_514)
+        pairs = ((1, 2), (2, 3), (3, 6), (6, 5), (5, 12))
+        by_hand = sum(9 * n * m + norm(m) for n, m in pairs) + linear(4 * 12, 10)
+        self.check(SmallVGG(channels=[2, 3, 6, 5, 12]), by_hand)
+        self.check(models.make_model("widevgg"), 558_514)
 
     def test_image_sizes_and_channels(self) -> None:
         convolutions = conv(3, 32) + norm(32) + conv(32, 64) + norm(64)
@@ -153,7 +154,7 @@ class Forward(unittest.TestCase):
         torch.testing.assert_close(model(x), F.linear(h, w[9], w[10]))
 
     def test_small_vgg_in_eval_mode_against_functional_calls(self) -> None:
-        model = SmallVGG(image_size=24, width=2).eval()
+        model = SmallVGG(image_size=24, channels=(1, 2, 4, 3, 8)).eval()
         h = x = torch.randn(2, 1, 24, 24)
         weights = [p for p in model.parameters() if p.ndim == 4]
         for i, weight in enumerate(weights):
@@ -268,7 +269,8 @@ class Forward(unittest.TestCase):
             (lambda: FastNet(image_size=12), "at least 16.*12"),
             (lambda: SmallVGG(image_size=30), "multiple of 4.*30"),
             (lambda: SmallVGG(image_size=20), "at least 24.*20"),
-            (lambda: SmallVGG(width=0), "width.*0"),
+            (lambda: SmallVGG(channels=(8, 8, 8, 8)), r"five convolutions.*\(8, 8, 8, 8\)"),
+            (lambda: SmallVGG(channels=(8, 8, 0, 8, 8)), "channels.*0"),
             (lambda: SimpleNet(num_classes=0), "num_classes.*0"),
             (lambda: SimpleNet(hidden_sizes=(3, -1)), "hidden_sizes.*-1"),
             (lambda: NeuralNetwork(2.5, 1), "num_inputs.*2.5"),  # type: ignore[arg-type]
@@ -489,7 +491,7 @@ class MakeModel(unittest.TestCase):
             "simplenet": models.SimpleNet(3 * 32 * 32, num_classes=7),
             "fastnet": models.FastNet(7, 3, 32),
             "smallvgg": models.SmallVGG(7, 3, 32, 0.1),
-            "widevgg": models.SmallVGG(7, 3, 32, 0.1, width=48),
+            "widevgg": models.SmallVGG(7, 3, 32, 0.1, channels=(24, 48, 96, 192, 192)),
         }
         self.assertEqual(set(models.MODELS), set(expected))
         for name, model in expected.items():
