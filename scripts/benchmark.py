@@ -62,6 +62,7 @@ from torchbasics.device import AUTOCAST_DTYPES, autocast, bf16_is_native, device
 from torchbasics.mnist import import_torchvision, is_present
 
 FORMAT, SCHEMA = "torchbasics benchmark", 1
+EMULATED = "NOTICE: the goals are those of two cores with native bf16, and here it is emulated"
 QUICK = "QUICK: little work, seldom repeated: it shows that all of it runs, the figures mean little"
 NO_MNIST = "needs MNIST, and there is none in {}; name its folder by --data-dir"
 MEAN, STD = NORMALISATION["mnist"]
@@ -384,7 +385,7 @@ class Job(NamedTuple):
 
 
 def make_job(setting: Setting, tiny: bool, batches: int) -> Job:
-    """MNISTNet as train_mnist trains it, or a small MLP in fp32, whose step is mostly the cost of calls."""
+    """MNISTNet in train_mnist's precision and layout, or a small MLP in fp32, whose step is mostly calls."""
     tb.set_seed(0)
     model = (tb.SimpleNet() if tiny else tb.MNISTNet()).to(setting.device)
     layout = torch.preserve_format if tiny else torch.channels_last
@@ -550,7 +551,7 @@ def products(model: nn.Module, inputs: Tensor, precision: str) -> Callable[[], N
 def seconds_of_a_step(whose: str, steps: int, repeats: int, data_dir: str, device: str, quick: bool) -> Iterator[float]:
     """A step of MNISTNet over batches that are already drawn, after one round to warm up.
 
-    `ours` as train_mnist takes it, `plain` as a newcomer does, or only the `products` of ours.
+    `ours` as train_mnist steps, `plain` as a newcomer does, or only the `products` of ours.
     """
     place = torch.device(device)
     setting = Setting(quick, runs=1, long_runs=1, data_dir=Path(data_dir), device=place,
@@ -577,7 +578,7 @@ def seconds_of_a_step(whose: str, steps: int, repeats: int, data_dir: str, devic
 
 
 def step(setting: Setting) -> Iterator[dict[str, Any]]:
-    """The default configuration against the step of a newcomer, and against its own arithmetic.
+    """train_mnist's precision, layout and optimizer against a newcomer's, and against the arithmetic alone.
 
     Each in processes of its own: `cache_cpu_memory`, which is part of ours, changes all of a process.
     """
@@ -599,8 +600,13 @@ def monitor(setting: Setting) -> Iterator[dict[str, Any]]:
     """GradientMonitor as a call-back, which reports at every tenth step."""
     job = make_job(setting, False, setting.few(20, 10))  # one for both, as in `loop`
     callback = tb.GradientMonitor(job.model, every=10, verbose=False)
-    ours, peers = interleaved(setting.pairs, per_step(by_trainer(job, on_step_end=(callback,)), job),
-                              per_step(by_trainer(job), job))
+    train_watched = by_trainer(job, on_step_end=(callback,))
+
+    def watched() -> None:
+        train_watched()
+        callback.detach()  # from the optimizer, which is the other loop's too
+
+    ours, peers = interleaved(setting.pairs, per_step(watched, job), per_step(by_trainer(job), job))
     yield row("a step of MNISTNet with GradientMonitor every 10 steps", "without it", "as long", "s", ours, peers,
               Goal("≤", 1.02))
 
@@ -739,7 +745,8 @@ def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
     """Processes of one thread each under torchrun; images a second of their second epoch, in which nothing starts."""
     if not torch.distributed.is_available():
         raise Skip("torch.distributed is not available in this build of torch")
-    arguments = ("--dataset", "mnist" if has_mnist(setting) else "digits", "--epochs", 2, "--val-size", 1000)
+    arguments = ("--dataset", "mnist" if has_mnist(setting) else "digits", "--model", "smallvgg", "--epochs", 2,
+                 "--val-size", 1000)
 
     def started_with(processes: int, images: int) -> contextlib.AbstractContextManager[Callable[[], dict[str, Any]]]:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
@@ -763,28 +770,28 @@ def ddp(setting: Setting) -> Iterator[dict[str, Any]]:
         setting.few(min(setting.runs, 3), 1), *jobs, *(functools.partial(side_by_side, size) for size in sizes),
         warm_up=0)
     for images, ours, peers, free in zip(sizes, (two, larger_two), (one, larger_one), apart, strict=True):
-        what = f"2 processes of one thread, {images} images a batch"
+        what = f"SmallVGG, 2 processes of one thread, {images} images a batch"
         yield row(what, "1 process of one thread", "the rate", "images/s", ours, peers, Goal("≥", 1.8),
-                  "they exchange the gradients of the default network at each step")
+                  "they exchange the gradients at each step")
         yield row(what, "2 trainings of half batches side by side", "the rate", "images/s", ours, free,
                   note=f"these exchange nothing, and are {statistics.median(map(operator.truediv, free, peers)):.2f} "
                   "times one process: so much this machine allows")
-    yield row("1 process under torchrun", "plain train_mnist", "as long", "s", [1 / value for value in one],
+    yield row("SmallVGG, 1 process under torchrun", "plain train_mnist", "as long", "s", [1 / value for value in one],
               [1 / value for value in none], Goal("≤", 1.03), "seconds an image; one thread")
 
 
 def inference(setting: Setting) -> Iterator[dict[str, Any]]:
     """What scripts/export.py measures of every format, each in a fresh process, on a network trained for this."""
     script = beside("export.py")
-    trained = train(setting, "--dataset", "mnist" if has_mnist(setting) else "digits", "--epochs", 1, "--quiet",
-                    "--limit-batches", setting.few(150, 5), "--val-size", 1000)
+    trained = train(setting, "--dataset", "mnist" if has_mnist(setting) else "digits", "--model", "smallvgg",
+                    "--epochs", 1, "--quiet", "--limit-batches", setting.few(150, 5), "--val-size", 1000)
     formats = ("pt2", "torchscript") if setting.quick else ("all",)
     command = [sys.executable, script, "--checkpoint", trained["output"] / "checkpoints" / "best.pt", "--benchmark",
                "--json", "--output", setting.folder / "exported",
                *itertools.chain.from_iterable(("--format", name) for name in formats)]
     eager, *others = json.loads(child(command, setting, codes=(0, 1, 3)))["rows"]
     for other, size in itertools.product(others, ("1", "64")):
-        what, peer = f"{other['format']}, batch {size}", f"eager, batch {size}"
+        what, peer = f"SmallVGG as {other['format']}, batch {size}", f"eager, batch {size}"
         if other["result"] != "ok":
             yield skipped(what, peer, other["result"].removeprefix("SKIP: "))
             continue
@@ -875,6 +882,7 @@ def machine_lines(report: dict[str, Any]) -> list[str]:
              f"{'native' if here['native_bf16'] else 'emulated'}, {here['precision']} used; {here['data']}; "
              f"{here['started'][:10]}"]
     lines += [QUICK] if report["quick"] else []
+    lines += [] if here["native_bf16"] else [EMULATED]
     busy = "NOTICE: something else was running when this began: take the figures from a quiet machine"
     return lines + ([busy] if here["load"] > 0.3 * here["cores"] else [])
 

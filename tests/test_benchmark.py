@@ -248,20 +248,23 @@ class Fair(WithSetting):
             self.assertTrue((home / "torchbasics" / "trainer.py").is_file())
 
     def test_the_monitor_watches_one_of_two_loops_over_one_model(self) -> None:
-        calls: list[int] = []
+        steps: list[int] = []
 
         def interleaved(runs: int, *contenders: Any) -> list[list[float]]:
-            for contender in contenders:
+            for contender in (*contenders, *contenders):
+                before = looks.call_count
                 contender()
-                calls.append(monitor.call_count)
+                steps.append(looks.call_count - before)
             return [[1.0]] * len(contenders)
 
         self.patch(interleaved=interleaved)
-        with mock.patch.object(tb.GradientMonitor, "__call__", autospec=True) as monitor:
+        look, watch = tb.GradientMonitor._before_step, tb.GradientMonitor.__call__
+        with mock.patch.object(tb.GradientMonitor, "_before_step", autospec=True, side_effect=look) as looks, \
+                mock.patch.object(tb.GradientMonitor, "__call__", autospec=True, side_effect=watch) as calls:
             list(script.monitor(self.setting))
-        self.assertEqual(calls, [2, 2])  # once a step of the 256 images, then not at all
-        (watched,) = {id(call.args[0].model) for call in monitor.call_args_list}
-        self.assertEqual({id(call.args[1].model) for call in monitor.call_args_list}, {watched})
+        self.assertEqual(steps, [1, 0, 1, 0])  # of two steps the first is that at which it begins to watch
+        (watched,) = {id(call.args[0].model) for call in calls.call_args_list}
+        self.assertEqual({id(call.args[1].model) for call in calls.call_args_list}, {watched})
 
     def test_peers_that_are_not_installed(self) -> None:
         self.patch(interleaved=lambda runs, *contenders: [[2e-3] * runs] * len(contenders))
@@ -595,14 +598,18 @@ class Command(WithSetting):
             "goal": {"text": "≥ 2.5×", "number": 2.5, "met": False}})
 
     def test_the_table_and_what_is_said_of_it(self) -> None:
-        with mock.patch("os.getloadavg", return_value=(50.0, 0.0, 0.0)):
-            code, out, _ = self.run_main("--only", "good", "--quick")
-        self.assertEqual(code, 0)
-        lines = out.splitlines()
-        self.assertIn("load 50.00", lines[0])
-        self.assertEqual(lines[1:3], [script.QUICK, "NOTICE: something else was running when this began: take the "
-                                      "figures from a quiet machine"])
-        self.assertEqual(lines[5:], [
+        notices = [
+            script.QUICK, "NOTICE: the goals are those of two cores with native bf16, and here it is emulated",
+            "NOTICE: something else was running when this began: take the figures from a quiet machine"]
+        for native, load, shown in ((True, 0.0, notices[:1]), (False, 50.0, notices)):
+            with mock.patch("os.getloadavg", return_value=(load, 0.0, 0.0)), \
+                    mock.patch.object(script, "bf16_is_native", return_value=native):
+                code, out, _ = self.run_main("--only", "good", "--quick")
+            self.assertEqual(code, 0)
+            lines = out.splitlines()
+            self.assertIn(f"load {load:.2f}", lines[0])
+            self.assertEqual(lines[1:2 + len(shown)], [*shown, ""])
+        self.assertEqual(lines[6:], [
             "  a step: 20 ms", "      against a loop: 20 ms (10 ms to 30 ms)",
             "      1× (0.5× to 1.5×) as fast; goal ≥ 2.5×: not met", "  a step", "      against Fabric",
             "      SKIP: not installed: pip install lightning"])
