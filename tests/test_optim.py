@@ -251,7 +251,7 @@ class Averages(unittest.TestCase):
     def test_against_a_loop_by_hand_with_the_buffers(self) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-        averages = averaged_copy(model, 0.9)
+        averages = averaged_copy(model, 0.55)
         names = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
         self.assertIn("1.running_mean", names)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -263,26 +263,37 @@ class Averages(unittest.TestCase):
             averages.update_parameters(model)
             for name in names:
                 now = model.state_dict()[name].double()
-                expected[name] = now if step == 0 else 0.9 * expected[name] + 0.1 * now
+                decay = min(0.55, 1 - 2 / (step + 2))  # 0, 1/3 and 1/2, then 0.55
+                expected[name] = decay * expected.get(name, 0.0) + (1 - decay) * now
         for name in names:
             torch.testing.assert_close(
                 averages.module.state_dict()[name].double(), expected[name], rtol=1e-5, atol=1e-7
             )
-            self.assertFalse(torch.equal(averages.module.state_dict()[name], model.state_dict()[name]), name)
+            if name != "0.bias":  # which BatchNorm takes away again: it has no gradient
+                self.assertFalse(torch.equal(averages.module.state_dict()[name], model.state_dict()[name]), name)
 
     def test_whole_numbers_and_masks_are_the_models(self) -> None:
         model = nn.Linear(3, 2)
         model.register_buffer("index", torch.arange(512))
         model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
         model.register_buffer("mean", torch.zeros(2))
-        averages = averaged_copy(model, 0.9)
+        averages = averaged_copy(model, 0.1)  # below the rise, which begins at 1/3
         for _ in range(4):
             model.mean += 1
             averages.update_parameters(model)
         self.assertTrue(torch.equal(averages.module.index, torch.arange(512)))
         self.assertEqual(averages.module.mask.tolist(), [0.0, -math.inf])
-        expected = ((1.0 * 0.9 + 2 * 0.1) * 0.9 + 3 * 0.1) * 0.9 + 4 * 0.1
+        expected = ((1.0 * 0.1 + 2 * 0.9) * 0.1 + 3 * 0.9) * 0.1 + 4 * 0.9
         torch.testing.assert_close(averages.module.mean, torch.full((2,), expected))
+
+    def test_the_start_is_forgotten_soon(self) -> None:
+        """Weights count by their number: 1 of 1 + 2 + … + 401, not the 0.999 ** 400 = 0.67 of a constant decay."""
+        model = nn.Linear(1, 1)
+        averages = averaged_copy(model, 0.999)
+        for value in [1.0] + [0.0] * 400:
+            nn.init.constant_(model.weight, value)
+            averages.update_parameters(model)
+        self.assertAlmostEqual(averages.module.weight.item(), 2 / (401 * 402), delta=1e-8)
 
     def test_it_is_a_copy(self) -> None:
         model = nn.Linear(1, 1)

@@ -138,24 +138,32 @@ def _rise(step: int, warmup_steps: int, start: float = 0.01) -> float:
 def averaged_copy(model: torch.nn.Module, decay: float) -> AveragedModel:
     """A copy of `model` to hold the exponential moving average of its weights and buffers (torch's AveragedModel).
 
+    The decay of the t-th update is min(decay, 1 - 2 / (t + 1)): the first copies, and until `decay` is reached (0.999
+    after 1,999 updates) later weights count in proportion to their number, so that the random start is soon forgotten;
+    with 0.999 throughout it would still be two thirds of the average after 400. (The rise is the polynomial-decay
+    averaging of Shamir and Zhang, arXiv:1212.1824, section 4, with η = 1.)
+
     Buffers are averaged too, so that BatchNorm's statistics belong to the weights beside them; but for those of whole
     numbers and those that hold an infinity now, as a mask does: they are `model`'s.
     """
     if not 0 < decay < 1:
         raise ValueError(f"the decay of averaged weights must lie between 0 and 1, got {decay}")
-    return _Averages(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return _Averages(model, decay)
 
 
 class _Averages(AveragedModel):
-    """torch's, which would round indices and make -inf NaN."""
+    """torch's, which knows no rise of the decay, and would round indices and make -inf NaN."""
 
-    def __init__(self, model: torch.nn.Module, **options: Any) -> None:
-        super().__init__(model, **options)
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
         self._constant = [
             not b.is_floating_point() or (not b.is_meta and not bool(b.isfinite().all())) for b in model.buffers()
         ]
 
     def update_parameters(self, model: torch.nn.Module) -> None:
+        number = int(self.n_averaged) + 1
+        self.multi_avg_fn = get_ema_multi_avg_fn(min(self.decay, 1 - 2 / (number + 1)))
         super().update_parameters(model)
         for own, new, constant in zip(self.module.buffers(), model.buffers(), self._constant, strict=True):
             if constant:
