@@ -457,7 +457,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict
         return None, facts, ""
     if args.dataset == "digits":  # drawn on the spot, no more than the steps need
         count = args.batch_size * max(4, -(-2048 // args.batch_size))
-        augment = tb.RandomAffine() if args.augment else None
+        augment = tb.RandomAffine(scale=0.1) if args.augment else None
         loader = tb.TensorLoader(*tb.draw_digits(count), args.batch_size, shuffle=True, device=device, augment=augment)
         return loader, facts | {"dataset": "digits"}, ""
     data = make_loaders(args.dataset, args.data_dir, args.batch_size, augment=args.augment,

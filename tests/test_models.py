@@ -496,6 +496,7 @@ class MakeModel(unittest.TestCase):
         self.assertEqual(set(models.MODELS), set(expected))
         for name, model in expected.items():
             self.assertEqual(str(models.make_model(name, 7, 3, 32, 0.1)), str(model), name)
+        self.assertEqual(str(models.make_model("smallvgg")), str(models.SmallVGG()))  # what train_mnist trains
 
     def test_another_name_is_refused_with_the_names(self) -> None:
         with self.assertRaisesRegex(ValueError, "mnistnet, cnn, .*, smallvgg, widevgg, got 'resnet'"):

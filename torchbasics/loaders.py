@@ -44,7 +44,7 @@ def make_loaders(
     augment: bool = True,
     rotation: float = 10.0,
     shift: float = 0.1,
-    scaling: float = 0.0,
+    scaling: float = 0.1,
     image_size: int = 28,
     num_workers: int = 0,
     seed: int = 42,

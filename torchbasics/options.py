@@ -102,7 +102,8 @@ def add_data_options(parser: Parser) -> None:
     add("--num-workers", type=number(int, 0), default=0, metavar="N",
         help="loader processes, for --dataset folder only (default: 0)")
     add("--image-size", type=COUNT, default=28, metavar="PIXELS",
-        help="size that --dataset folder scales images to, divisible by 4 (default: 28)")
+        help="size that --dataset folder scales images to, divisible by 4; at least 24 for smallvgg and widevgg, "
+        "16 for fastnet (default: 28)")
 
 
 def add_model_options(parser: Parser) -> None:
@@ -136,7 +137,7 @@ def add_optimisation_options(parser: Parser) -> None:
     add("--clip-value", type=RATE, metavar="V", help="largest entry of the gradient (default: none)")
     add("--accumulate", type=COUNT, default=1, metavar="N", help="batches whose gradients make one step (default: 1)")
     add("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
-        help="judge and keep averaged weights with this decay, e.g. 0.999 (default: 0, none)")
+        help="judge and keep averaged weights; the decay rises to this, e.g. 0.999 (default: 0, none)")
 
 
 def add_speed_options(parser: Parser) -> None:
