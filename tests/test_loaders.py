@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import unittest
 from pathlib import Path
@@ -69,7 +70,9 @@ class InMemory(LoadersCase):
         common: dict[str, Any] = {"batch_size": 32, "val_size": 40}
         affine = make_loaders("digits", **common, rotation=0.0, shift=0.3, scaling=0.2).train.augment
         self.assertEqual((affine.radians, affine.shift, affine.scale), (0.0, 0.3, 0.2))
-        still = make_loaders("digits", **common, rotation=0.0, shift=0.0)
+        affine = make_loaders("digits", **common).train.augment  # as train_mnist's options are by default
+        self.assertEqual((round(math.degrees(affine.radians), 9), affine.shift, affine.scale), (10.0, 0.1, 0.1))
+        still = make_loaders("digits", **common, rotation=0.0, shift=0.0, scaling=0.0)
         plain = make_loaders("digits", **common, augment=False)
         (x, _), (y, _) = next(iter(still.train)), next(iter(plain.train))
         torch.testing.assert_close(x, y, rtol=0, atol=1e-4)

@@ -873,7 +873,8 @@ class BadInput(ScriptCase):
         self.refused(
             "divisible by 4|image_size", *folder, self.folder / "images", "--model", "mnistnet", "--image-size", 30
         )
-        self.refused("image_size to be at least 24.*mnistnet", *folder, self.folder / "images", "--image-size", 16)
+        small = ("--model", "smallvgg", "--image-size", 16)
+        self.refused("image_size to be at least 24.*mnistnet", *folder, self.folder / "images", *small)
         write_images(self.folder / "parts" / "train", 20)
         write_images(self.folder / "parts" / "val", 20, classes=3)
         self.refused("different classes", *folder, self.folder / "parts")
