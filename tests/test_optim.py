@@ -8,6 +8,7 @@ import unittest
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -294,6 +295,22 @@ class Averages(unittest.TestCase):
             nn.init.constant_(model.weight, value)
             averages.update_parameters(model)
         self.assertAlmostEqual(averages.module.weight.item(), 2 / (401 * 402), delta=1e-8)
+
+    def test_the_count_stays_where_it_is(self) -> None:
+        """Copying it to an accelerator, as torch's own update does, would wait for all that this is still doing."""
+        model = nn.BatchNorm1d(2)
+        averages = averaged_copy(model, 0.9)
+        moved: list[int] = []
+
+        def to(tensor: torch.Tensor, *args: Any, real: Any = torch.Tensor.to, **kwargs: Any) -> torch.Tensor:
+            moved.append(id(tensor))
+            return real(tensor, *args, **kwargs)
+
+        with mock.patch.object(torch.Tensor, "to", to):
+            for _ in range(3):
+                averages.update_parameters(model)
+        self.assertNotIn(id(averages.n_averaged), moved)
+        self.assertEqual(int(averages.n_averaged), 3)
 
     def test_it_is_a_copy(self) -> None:
         model = nn.Linear(1, 1)

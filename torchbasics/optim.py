@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -152,19 +153,31 @@ def averaged_copy(model: torch.nn.Module, decay: float) -> AveragedModel:
 
 
 class _Averages(AveragedModel):
-    """torch's, which knows no rise of the decay, and would round indices and make -inf NaN."""
+    """torch's, but for the update: its own knows no rise of the decay, rounds indices, makes -inf NaN, and copies its
+    count to the device, which makes the host wait for it."""
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         super().__init__(model, use_buffers=True)
         self.decay = decay
-        self._constant = [
+        self._copied = [False for _ in model.parameters()] + [
             not b.is_floating_point() or (not b.is_meta and not bool(b.isfinite().all())) for b in model.buffers()
         ]
 
+    @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        number = int(self.n_averaged) + 1
-        self.multi_avg_fn = get_ema_multi_avg_fn(min(self.decay, 1 - 2 / (number + 1)))
-        super().update_parameters(model)
-        for own, new, constant in zip(self.module.buffers(), model.buffers(), self._constant, strict=True):
-            if constant:
+        self.n_averaged += 1
+        number = int(self.n_averaged)
+        averages, values = [], []
+        pairs = zip(_parameters_and_buffers(self.module), _parameters_and_buffers(model), self._copied, strict=True)
+        for own, new, copied in pairs:
+            if copied or number == 1:
                 own.copy_(new)
+            else:
+                averages.append(own)
+                values.append(new.to(own.device))
+        if averages:
+            get_ema_multi_avg_fn(min(self.decay, 1 - 2 / (number + 1)))(averages, values, None)
+
+
+def _parameters_and_buffers(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
