@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import shutil
 import tempfile
 import unittest
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,7 @@ from tests.scripts import load_script
 from torchbasics.checkpoint import load_checkpoint
 from torchbasics.cuda_graph import WARM_UP, StepGraph, graph_refusal
 from torchbasics.evaluation import tree_map
+from torchbasics.monitors import GradientMonitor
 from torchbasics.optim import averaged_copy, make_optimizer
 from torchbasics.options import print_warning
 from torchbasics.trainer import NonFiniteLoss, Trainer
@@ -91,11 +94,13 @@ def capture(graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[N
     """In the place of torch.cuda.graph."""
     random_state = torch.get_rng_state()
     log.append(f"capture on {stream.name}")
+    before, streams[-1] = streams[-1], stream
     try:
         with graph:
             yield
         torch.set_rng_state(random_state)
-    except RuntimeError as error:  # random numbers stay out of order, as the device's generator does
+        streams[-1] = before
+    except RuntimeError as error:  # random numbers stay out of order, as the device's generator does, and its stream
         raise RuntimeError("operation failed due to a previous error during capture") from error
     finally:
         graph.undo()
@@ -112,10 +117,17 @@ class Stream:
         log.append(f"{self.name} waits for {other.name}")
 
 
+streams = [Stream(name="main")]  # the last is the current one
+
+
 @contextlib.contextmanager
 def on_stream(stream: Stream) -> Iterator[None]:
     log.append(f"on {stream.name}")
-    yield
+    before, streams[-1] = streams[-1], stream
+    try:
+        yield
+    finally:
+        streams[-1] = before
 
 
 def stand_ins() -> list[Any]:
@@ -124,7 +136,7 @@ def stand_ins() -> list[Any]:
         mock.patch("torchbasics.cuda_graph.DEVICES", ("cuda", "cpu")),
         mock.patch.multiple(
             torch.cuda, CUDAGraph=Graph, graph=capture, Stream=Stream, stream=on_stream, current_device=lambda: 0,
-            current_stream=lambda device: Stream(name="main"), get_rng_state=lambda device: torch.get_rng_state(),
+            current_stream=lambda device: streams[-1], get_rng_state=lambda device: torch.get_rng_state(),
             default_generators={0: generator},
         ),
     ]  # fmt: skip
@@ -347,7 +359,7 @@ class ControlFlow(GraphCase):
         for _ in range(WARM_UP + 2):
             graph(torch.ones(2, 3))
         around = ["side waits for main", "on side", "main waits for side"]
-        self.assertEqual(log, around * WARM_UP + ["capture on side"])
+        self.assertEqual(log, around * WARM_UP + ["on main", "capture on side"])
 
     def test_an_odd_shape_runs_without_and_a_new_usual_one_is_captured(self) -> None:
         graph, weight = self.step_graph()
@@ -366,16 +378,18 @@ class ControlFlow(GraphCase):
             graph(torch.ones(2, 3))
         self.assertEqual(weight.tolist(), [-(WARM_UP + 2.0)] * 3)
 
-    def test_the_optimizer_is_told_only_while_it_is_captured(self) -> None:
+    def test_what_holds_only_while_it_is_captured(self) -> None:
         weight = nn.Parameter(torch.zeros(3))
         optimizer = torch.optim.AdamW([weight], 0.5, fused=True)
         (group,) = optimizer.param_groups
         seen = []
-        graph = StepGraph(lambda x: seen.append((group["capturable"], type(group["lr"]))), optimizer, weight.device)
+        look = lambda x: seen.append((group["capturable"], type(group["lr"]), gc.isenabled()))  # noqa: E731
+        graph = StepGraph(look, optimizer, weight.device)
         for _ in range(WARM_UP + 3):
             graph(torch.ones(1))
-            self.assertEqual((group["capturable"], group["lr"]), (False, 0.5))
-        self.assertEqual(seen, [(False, Tensor)] * WARM_UP + [(True, Tensor)])
+            self.assertEqual((group["capturable"], group["lr"], gc.isenabled()), (False, 0.5, True))
+        # nor is garbage collected while it is captured: a graph among it would end this one
+        self.assertEqual(seen, [(False, Tensor, True)] * WARM_UP + [(True, Tensor, False)])
 
     def test_a_capture_that_fails_late_leaves_no_gradient(self) -> None:
         weight = nn.Parameter(torch.zeros(3))
@@ -393,6 +407,31 @@ class ControlFlow(GraphCase):
             for _ in range(WARM_UP + 3):
                 graph(torch.ones(3))
         self.assertEqual((read, weight.tolist()), ([3.0] * (WARM_UP + 3), [-0.5 * (WARM_UP + 3)] * 3))
+        self.assertEqual(streams[-1].name, "main")  # where torch leaves the capture's
+
+    def test_weights_in_other_memory_are_captured_anew(self) -> None:
+        """As after `model.to(…)` there and back: the graph would go on writing where nobody reads."""
+        graph, weight = self.step_graph()
+        for i in range(12):
+            if i == 5:
+                weight.data = weight.data.clone()
+            graph(torch.ones(2, 3))
+        self.assertEqual(weight.tolist(), [-12.0] * 3)
+        self.assertEqual([made.replays for made in Graph.made], [2, 7 - WARM_UP])
+
+    def test_it_goes_with_its_last_user_and_the_optimizer_forgets_it(self) -> None:
+        """At once, not at a garbage collection: its memory is the device's."""
+        weight = nn.Parameter(torch.zeros(3))
+        optimizer = torch.optim.SGD([weight], 0.5, fused=True)
+        graph = StepGraph(lambda x: None, optimizer, weight.device)
+        seen, hooks = weakref.ref(graph), optimizer._optimizer_load_state_dict_post_hooks
+        self.assertEqual(len(hooks), 1)
+        gc.disable()
+        self.addCleanup(gc.enable)
+        del graph
+        self.assertIsNone(seen())
+        self.assertEqual(len(hooks), 0)
+        optimizer.load_state_dict(optimizer.state_dict())
 
     def test_what_is_changed_between_steps_counts(self) -> None:
         def change(trainer: Trainer) -> None:
@@ -512,6 +551,24 @@ class Fallback(GraphCase):
         lines = self.lines(lambda: self.fit(trainer, 3))
         self.assertEqual(len(lines), 1)
         self.assertEqual([calls.count(epoch) for epoch in range(3)], [0, 8 + 3, 8 + 3])  # validation has three
+
+    def test_a_hook_that_comes_before_the_capture(self) -> None:
+        """GradientMonitor attaches itself to the optimizer after the first step."""
+        runs = []
+        for graph in ("off", "auto"):
+            trainer = self.trainer(graph)
+            trainer.optimizer.param_groups[0]["lr"] = 2**-6  # which float32 has exactly
+            trainer.on_step_end = (GradientMonitor(trainer.model, every=2, verbose=False),)
+            lines = self.lines(lambda trainer=trainer: self.fit(trainer, 2))
+            runs.append(trainer)
+        self.assert_same_run(runs[1], runs[0])
+        reason = "hooks on the model, its parameters or the optimizer run in each step"
+        self.assertEqual(lines, [f"warning: no CUDA graph: {reason}; each step runs without"])
+        self.assertEqual(Graph.made, [])
+        trainer = self.trainer("on")
+        trainer.on_step_end = (GradientMonitor(trainer.model, every=2, verbose=False),)
+        with self.assertRaisesRegex(ValueError, f"impossible here: {reason}"):
+            self.fit(trainer, 1)
 
     def test_a_step_that_cannot_be_captured(self) -> None:
         class Reading(nn.CrossEntropyLoss):

@@ -6,7 +6,9 @@ What Python decides within the step (a branch, a random number of `random`) is d
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,8 +76,11 @@ class StepGraph:
 
     The first WARM_UP steps of the same shapes in a row run as without a graph, and count as any others. Then the step
     is captured on inputs of its own; from there on inputs are copied in and the graph is replayed. A step of other
-    shapes (a short last batch) runs as without; so does one after hyperparameters other than the rate were changed,
-    until WARM_UP of its kind have come in a row: then these are captured instead.
+    shapes (a short last batch) runs as without; so does one after hyperparameters other than the rate were changed or
+    weights moved, until WARM_UP of its kind have come in a row: then these are captured instead.
+
+    What Trainer does around this stays as it is, and waits for nothing: the loader's work (augmentation), the schedule,
+    the averages.
 
     The rate is a float32 tensor on the device within the step, replayed or not, and the schedule's number outside: so
     results differ from those without a graph by the rate's last bits, if its number has more than 24 of them.
@@ -83,20 +88,28 @@ class StepGraph:
     Args:
         step: free of transfers to the host; arguments and results are tensors, and lists, tuples and dicts of them.
         strict: whether a capture that fails is a ValueError; otherwise a warning, and all goes on without.
+        refusal: asked before each capture; what it returns, unless None, forbids that one.
     """
 
     def __init__(
-        self, step: Callable[..., Any], optimizer: Optimizer, device: torch.device, strict: bool = False
+        self,
+        step: Callable[..., Any],
+        optimizer: Optimizer,
+        device: torch.device,
+        strict: bool = False,
+        refusal: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.step, self.optimizer, self.device, self.strict = step, optimizer, device, strict
+        self.step, self.optimizer, self.device, self.strict, self.refusal = step, optimizer, device, strict, refusal
         self.failed = False
         self._stream = torch.cuda.Stream(device)
         self._rates: list[Tensor] = []  # of each group of parameters, on the device
         self._filled: list[Any] = []  # what they hold
         self._recent: tuple[Any, int] = (None, 0)  # kind of the last step, and how many of it in a row
         self.forget()
-        # which puts other tensors in the place of those that a graph has learnt to update
-        optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
+        # which puts other tensors in the place of those that a graph has learnt to update; the hook keeps none alive
+        own = weakref.ref(self)
+        hook = optimizer.register_load_state_dict_post_hook(lambda _: own().forget())  # type: ignore[union-attr]
+        weakref.finalize(self, hook.remove)
 
     def forget(self) -> None:
         """Drops the graph and its memory; the next steps warm up for another."""
@@ -118,10 +131,11 @@ class StepGraph:
         return tree_map(torch.clone, self._outputs)  # the next replay overwrites them
 
     def _kind_of(self, arguments: tuple) -> Any:
-        """All that must stay the same for a replay: shapes, hyperparameters but the rate, what is frozen."""
+        """What must stay the same for a replay: shapes, hyperparameters but the rate, what is frozen, where it lies."""
         groups = self.optimizer.param_groups
         fixed = [{k: signature(v) for k, v in group.items() if k not in ("params", "lr")} for group in groups]
-        return signature(arguments), fixed, [p.requires_grad for group in groups for p in group["params"]]
+        weights = [(p.requires_grad, p.data_ptr()) for group in groups for p in group["params"]]
+        return signature(arguments), fixed, weights
 
     def _without(self, arguments: tuple) -> Any:
         """A step without graph, on the capture's stream: what torch keeps per stream is then there.
@@ -140,7 +154,7 @@ class StepGraph:
         """Records the step without doing it; False if it is too early for that, or cannot be."""
         before, count = self._recent
         self._recent = (kind, count + 1 if kind == before else 1)
-        if self.failed or self._recent[1] <= WARM_UP:
+        if self.failed or self._recent[1] <= WARM_UP or self.refusal():
             return False
         self.forget()
         self.optimizer.zero_grad(set_to_none=True)  # a gradient that was there would be added to by each replay
@@ -149,7 +163,9 @@ class StepGraph:
             inputs = tree_map(torch.clone, arguments)
             # thread_local: a loader's thread that pins memory meanwhile does no harm
             with (
+                _no_garbage_collection(),
                 self._rates_on_device(capturable=True),
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),  # a capture that fails leaves another
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 outputs = self.step(*inputs)
@@ -207,6 +223,18 @@ class StepGraph:
         finally:
             for group, values in zip(groups, before, strict=True):
                 group.update(values)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Another graph that is collected, and so destroyed, during a capture would break it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _tensors(value: Any) -> list[Tensor]:

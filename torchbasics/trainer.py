@@ -406,10 +406,10 @@ class Trainer:
             _name_worker(error)
             raise
 
-    def _settle_graph(self) -> None:
-        """Decides whether the steps to come are replayed; if not, says why, or with `on` refuses."""
+    def _settle_graph(self) -> str | None:
+        """Decides whether the steps to come are replayed; if not, says and returns why, or with `on` refuses."""
         if self.cuda_graph == "off":
-            return
+            return None
         reason = graph_refusal(
             self.model,
             self.optimizer,
@@ -428,7 +428,10 @@ class Trainer:
         if reason:
             self._graph = None
         elif self._graph is None:
-            self._graph = StepGraph(self._tensor_work, self.optimizer, self.device, strict=self.cuda_graph == "on")
+            self._graph = StepGraph(
+                self._tensor_work, self.optimizer, self.device, self.cuda_graph == "on", self._settle_graph
+            )
+        return reason
 
     def _tensor_work(self, window: list[tuple[Any, Tensor]], samples: int) -> tuple[list[BatchResult], Tensor | None]:
         """All of a step that a graph can hold: the device's part, in which nothing is read."""
