@@ -458,14 +458,17 @@ class OtherSections(WithSetting):
         with self.assertRaisesRegex(script.Skip, "needs CUDA"):
             next(script.gpu(self.setting))
         self.setting.device = torch.device("cuda")
-        options_of: list[tuple] = []
+        graphs: list[Any] = []  # "on" everywhere: with "auto" a figure without a graph might stand there
 
         def train(setting: Any, *arguments: Any) -> dict[str, Any]:
-            options_of.append(arguments)
-            return SCORES | {"epoch_rates": [1.0, 600.0 if "auto" in arguments else 100.0], "train_seconds": 4.0}
+            graphs.append(arguments[arguments.index("--cuda-graph") + 1])
+            return SCORES | {"train_seconds": 4.0}
 
-        self.patch(train=train, host_waits=lambda _: "called a synchronizing operation")
+        self.patch(train=train, host_waits=lambda _: "called a synchronizing operation", make_job=mock.Mock(),
+                   by_trainer=lambda job, **options: graphs.append(options.get("cuda_graph")),
+                   interleaved=lambda runs, *contenders: [[0.25] * runs, [1.5] * runs])
         waits, graph, whole = script.gpu(self.setting)
+        self.assertEqual(graphs, ["on", None, "on"])
         self.assertEqual((waits["goal"]["met"], waits["note"]), (False, "called a synchronizing operation"))
         self.assertEqual((graph["ratio"]["median"], graph["goal"]["met"]), (6.0, True))
         self.assertEqual((whole["ratio"]["median"], whole["goal"]["text"]), (4.0, "≤ 5 s"))
