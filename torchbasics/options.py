@@ -149,7 +149,8 @@ def add_speed_options(parser: Parser) -> None:
     add("--compile", nargs="?", const=True, default=False, choices=(True, *COMPILE_MODES), metavar="MODE",
         help=f"torch.compile, in a mode of {', '.join(COMPILE_MODES)} (default: off)")
     add("--cuda-graph", choices=GRAPH_MODES, default="off",
-        help="replay each training step as one CUDA graph; auto: where it can be (default: off)")
+        help="replay each training step as one CUDA graph, same results but for the learning rate's last bits; "
+        "auto: where it can be (default: off)")
 
 
 def add_stopping_options(parser: Parser) -> None:
