@@ -885,7 +885,7 @@ def machine_lines(report: dict[str, Any]) -> list[str]:
              f"{'native' if here['native_bf16'] else 'emulated'}, {here['precision']} used; {here['data']}; "
              f"{here['started'][:10]}"]
     lines += [QUICK] if report["quick"] else []
-    lines += [] if here["native_bf16"] else [EMULATED]
+    lines += [EMULATED] if not here["native_bf16"] else []
     busy = "NOTICE: something else was running when this began: take the figures from a quiet machine"
     return lines + ([busy] if here["load"] > 0.3 * here["cores"] else [])
 

@@ -191,10 +191,10 @@ class SmallVGG(nn.Module):
     """Five convolutions (16, 32, pool, 64, 64, pool, 128 channels) without padding, then one linear layer.
 
     After VGG (Simonyan and Zisserman, arXiv:1409.1556), with BatchNorm. As accurate on MNIST as MNISTNet in half of its
-    time: few channels where images are large, many where they are small, and pooling before BatchNorm and
-    ReLU, which then have a quarter of the work. `channels` are those of the five convolutions. `dropout` stands before
-    the linear layer; half as often a block drops a whole channel. 139,514 parameters by default. Input, output and
-    errors as for `CNN`; `image_size` is at least 24.
+    time: few channels where images are large, many where they are small, and pooling before BatchNorm and ReLU, which
+    then have a quarter of the work. `channels` are those of the five convolutions. `dropout` stands before the linear
+    layer; half as often a block drops a whole channel. 139,514 parameters by default. Input, output and errors as for
+    `CNN`; `image_size` is at least 24.
     """
 
     def __init__(

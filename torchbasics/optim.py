@@ -142,7 +142,7 @@ def averaged_copy(model: torch.nn.Module, decay: float) -> AveragedModel:
     The decay of the t-th update is min(decay, 1 - 2 / (t + 1)): the first copies, and until `decay` is reached (0.999
     after 1,999 updates) later weights count in proportion to their number, so that the random start is soon forgotten;
     with 0.999 throughout it would still be two thirds of the average after 400. (The rise is the polynomial-decay
-    averaging of Shamir and Zhang, arXiv:1212.1824, section 4, with η = 1.)
+    averaging of Shamir and Zhang, arXiv:1212.1824, with η = 1.)
 
     Buffers are averaged too, so that BatchNorm's statistics belong to the weights beside them; but for those of whole
     numbers and those that hold an infinity now, as a mask does: they are `model`'s.

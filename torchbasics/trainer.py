@@ -137,7 +137,7 @@ class Trainer:
         if averages is not None:
             count = averages.n_averaged.cpu()
             averages.to(self.device).to(memory_format=self.memory_format)
-            averages.n_averaged = count  # torch reads its value at each update
+            averages.n_averaged = count  # each update reads its value
         if compile:
             bare_model(self.model).compile(mode=compile if isinstance(compile, str) else None)
         self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
@@ -429,7 +429,11 @@ class Trainer:
             self._graph = None
         elif self._graph is None:
             self._graph = StepGraph(
-                self._tensor_work, self.optimizer, self.device, self.cuda_graph == "on", self._settle_graph
+                self._tensor_work,
+                self.optimizer,
+                self.device,
+                strict=self.cuda_graph == "on",
+                refusal=self._settle_graph,  # again, before each capture: hooks may have come since
             )
         return reason
 
