@@ -17,7 +17,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 MAY_IMPORT = {
     "trainer": {
         "checkpoint", "cuda_graph", "distributed", "device", "nonfinite", "evaluation", "position", "interrupts",
-        "parallel",
+        "optim", "parallel",
     },
     "cuda_graph": {"evaluation"},
     "evaluation": {"device", "distributed", "position"},

@@ -12,14 +12,17 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torchbasics.optim import (
     OPTIMIZERS,
     SCHEDULES,
     averaged_copy,
+    clear_gradients,
     make_optimizer,
     make_schedule,
+    take_step,
     warmup_cosine_scheduler,
     warmup_lr_scheduler,
 )
@@ -246,6 +249,123 @@ class Schedules(unittest.TestCase):
         ):
             with self.assertRaisesRegex(ValueError, words):
                 call()
+
+
+class TakenSteps(unittest.TestCase):
+    """`take_step` does what `step` does, and leaves out torch's note to profilers only where nobody would miss it."""
+
+    NOTE = "Optimizer.step#AdamW.step"
+
+    @staticmethod
+    def ready(kind: type[torch.optim.AdamW] = torch.optim.AdamW, **options: Any) -> torch.optim.AdamW:
+        optimizer = kind([parameter()], 0.1, **options)
+        optimizer.param_groups[0]["params"][0].grad = torch.tensor([1.0, -1.0, 2.0])
+        return optimizer
+
+    def notes(self, act: Callable[[], Any]) -> int:
+        """How many notes to profilers `act` makes of a step."""
+        original = torch.autograd.profiler.record_function
+        with mock.patch.object(torch.autograd.profiler, "record_function", wraps=original) as note:
+            act()
+        return sum(call.args == (self.NOTE,) for call in note.call_args_list)
+
+    def test_the_same_values_and_no_note(self) -> None:
+        for options in ({}, {"fused": True}, {"foreach": True}, {"amsgrad": True}):
+            with self.subTest(options):
+                mine, torchs = self.ready(**options), self.ready(**options)
+                for _ in range(3):
+                    self.assertEqual(self.notes(lambda optimizer=mine: take_step(optimizer)), 0)
+                    self.assertEqual(self.notes(torchs.step), 1)
+                (one,), (other,) = (each.param_groups[0]["params"] for each in (mine, torchs))
+                self.assertTrue(torch.equal(one, other))
+                self.assertFalse(torch.equal(one, parameter()))
+                self.assertTrue(torch.equal(mine.state[one]["exp_avg_sq"], torchs.state[other]["exp_avg_sq"]))
+                self.assertTrue(torch.is_grad_enabled())
+
+    def test_a_profiler_that_runs_sees_the_step(self) -> None:
+        optimizer = self.ready()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            take_step(optimizer)
+        self.assertIn(self.NOTE, [event.key for event in profiler.key_averages()])
+
+    def test_hooks_of_this_optimizer_and_of_all_are_called(self) -> None:
+        optimizer = self.ready()
+        for register in (
+            optimizer.register_step_pre_hook, optimizer.register_step_post_hook,
+            register_optimizer_step_pre_hook, register_optimizer_step_post_hook,
+        ):  # fmt: skip
+            with self.subTest(register.__name__):
+                called: list[Any] = []
+                handle = register(lambda which, *_, called=called: called.append(which))
+                self.addCleanup(handle.remove)
+                take_step(optimizer)
+                handle.remove()
+                take_step(optimizer)
+                self.assertEqual(called, [optimizer])
+
+    def test_a_schedule_is_told_and_keeps_the_order(self) -> None:
+        optimizer = self.ready()
+        schedule = StepLR(optimizer, 1, gamma=0.5)
+        self.assertEqual(self.notes(lambda: take_step(optimizer)), 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns of a schedule that goes before its optimizer
+            schedule.step()
+        self.assertEqual(optimizer.param_groups[0]["lr"], 0.05)
+
+    def test_a_step_of_the_objects_own_is_called(self) -> None:
+        for scheduled in (False, True):
+            with self.subTest(scheduled=scheduled):
+                optimizer = self.ready()
+                if scheduled:
+                    StepLR(optimizer, 1)
+                with mock.patch.object(optimizer, "step", wraps=optimizer.step) as own:
+                    take_step(optimizer)
+                self.assertEqual(own.call_count, 1)
+
+    def test_one_beneath_that_of_a_schedule_is_called(self) -> None:
+        optimizer, calls, torchs = self.ready(), [], torch.optim.AdamW.step
+
+        def own(self: Any) -> None:
+            calls.append(self)
+            torchs(self)
+
+        optimizer.step = own.__get__(optimizer)  # type: ignore[method-assign]
+        StepLR(optimizer, 1)
+        take_step(optimizer)
+        self.assertEqual(calls, [optimizer])
+
+    def test_a_class_of_ones_own_and_what_is_no_torch_optimizer(self) -> None:
+        class Counting(torch.optim.AdamW):
+            calls = 0
+
+            def step(self, closure: Any = None) -> Any:
+                self.calls += 1
+                return super().step(closure)
+
+        optimizer = self.ready(Counting)
+        take_step(optimizer)  # type: ignore[arg-type]
+        self.assertEqual(optimizer.calls, 1)  # type: ignore[attr-defined]
+        self.assertFalse(torch.equal(optimizer.param_groups[0]["params"][0], parameter()))
+        with mock.patch.object(Counting, "step", autospec=True) as put_in_later:
+            take_step(optimizer)  # type: ignore[arg-type]
+        put_in_later.assert_called_once_with(optimizer)
+        wrapper = mock.Mock(spec=["step"])
+        take_step(wrapper)
+        wrapper.step.assert_called_once_with()
+
+    def test_where_torch_keeps_its_hooks_elsewhere_its_own_step_is_taken(self) -> None:
+        optimizer = self.ready()
+        with mock.patch("torchbasics.optim.TORCHS", object()):
+            self.assertEqual(self.notes(lambda: take_step(optimizer)), 1)
+
+
+class ClearedGradients(unittest.TestCase):
+    def test_all_are_gone_without_a_note(self) -> None:
+        optimizer = TakenSteps.ready()
+        name = "record_function"
+        with mock.patch.object(torch.autograd.profiler, name, side_effect=AssertionError("a note")):
+            clear_gradients(optimizer)
+        self.assertIsNone(optimizer.param_groups[0]["params"][0].grad)
 
 
 class Averages(unittest.TestCase):

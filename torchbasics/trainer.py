@@ -39,6 +39,7 @@ from torchbasics.evaluation import (
 )
 from torchbasics.interrupts import Interrupted, SignalNote
 from torchbasics.nonfinite import find_nonfinite
+from torchbasics.optim import clear_gradients, take_step
 from torchbasics.position import LoaderPosition, go_to, preserved_generators
 
 MONITORS = ("train_loss", "train_acc", "val_loss", "val_acc")
@@ -218,7 +219,7 @@ class Trainer:
     def _train_epoch(self, batches: Iterator) -> tuple[float, float | None]:
         self.model.train()
         self._settle_graph()
-        self._clear_gradients()  # of a step that was broken off, or the caller's own
+        clear_gradients(self.optimizer)  # of a step that was broken off, or the caller's own
         for window, samples in self._windows(batches):
             stepped = self._train_window(window, samples)
             self.batch += len(window)
@@ -249,7 +250,7 @@ class Trainer:
             if self._optimizer_step():
                 self._follow_step()
                 return True
-        self._clear_gradients()
+        clear_gradients(self.optimizer)
         for buffer, before in zip(self.model.buffers(), buffers, strict=False):  # BatchNorm has seen the bad batch
             buffer.copy_(before)
         self.skipped += 1
@@ -283,12 +284,15 @@ class Trainer:
         if self.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self._with_gradient(), self.clip_norm)
             self.grad_norm = norm.full_tensor() if parallel.is_sharded(self.model) else norm  # type: ignore[attr-defined]
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() < scale:  # it lowers its scale only when it skipped the step
-            return False
-        self._clear_gradients()
+        if self.scaler.is_enabled():
+            scale = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.scaler.get_scale() < scale:  # it lowers its scale only when it skipped the step
+                return False
+        else:
+            take_step(self.optimizer)
+        clear_gradients(self.optimizer)
         return True
 
     def _follow_step(self) -> None:
@@ -445,15 +449,6 @@ class Trainer:
 
     def _with_gradient(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-    def _clear_gradients(self) -> None:
-        """`Optimizer.zero_grad` without its note to profilers, 2% of a small step; an optimizer's own one is called."""
-        if getattr(self.optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad:
-            self.optimizer.zero_grad(set_to_none=True)
-            return
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
 
     @property
     def evaluated_model(self) -> nn.Module:
