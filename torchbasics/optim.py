@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name. All are torch's own; this chooses their arguments."""
+"""Optimizers and learning-rate schedules by name: torch's own, with chosen arguments; and a step without overhead."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 SCHEDULES = ("constant", "step", "cosine", "onecycle", "plateau")
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-TORCHS = sys.modules[Optimizer.__module__]  # where torch keeps the hooks of all optimizers
 CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
+TORCHS = sys.modules[Optimizer.__module__]  # where torch keeps the hooks of all optimizers
 
 
 def make_optimizer(
