@@ -74,9 +74,9 @@ def build_trainer(
                                 round(args.warmup_epochs * steps_per_epoch))
     trainer = tb.Trainer(
         model, nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), optimizer, device, schedule,
-        scheduler_interval="epoch" if args.schedule == "plateau" else "step", precision=precision,
-        channels_last=not sharded, compile=args.compile, cuda_graph=args.cuda_graph, accumulate=args.accumulate,
-        clip_norm=args.clip_norm, clip_value=args.clip_value, averages=averages, nan_policy=args.nan_policy,
+        precision=precision, channels_last=not sharded, compile=args.compile, cuda_graph=args.cuda_graph,
+        accumulate=args.accumulate, clip_norm=args.clip_norm, clip_value=args.clip_value, averages=averages,
+        nan_policy=args.nan_policy,
         early_stopping=tb.EarlyStopping(args.patience, args.min_delta) if args.patience else None,
         checkpoint_dir=checkpoints, save_every=args.save_every, keep=args.keep,
         metadata={"model": args.model, "dropout": args.dropout, **facts})

@@ -53,9 +53,8 @@ def build_trainer(args: argparse.Namespace, data: Loaders, device: torch.device,
     schedule = tb.make_schedule(args.schedule, optimizer, args.epochs * steps_per_epoch, warmup_steps)
     return tb.Trainer(
         model, nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), optimizer, device, schedule,
-        scheduler_interval="epoch" if args.schedule == "plateau" else "step", precision=args.precision,
-        channels_last=True, compile=args.compile, cuda_graph=args.cuda_graph, accumulate=args.accumulate,
-        clip_norm=args.clip_norm, clip_value=args.clip_value, nan_policy=args.nan_policy,
+        precision=args.precision, channels_last=True, compile=args.compile, cuda_graph=args.cuda_graph,
+        accumulate=args.accumulate, clip_norm=args.clip_norm, clip_value=args.clip_value, nan_policy=args.nan_policy,
         averages=tb.averaged_copy(model, args.ema) if args.ema else None,
         early_stopping=tb.EarlyStopping(args.patience, args.min_delta) if args.patience else None,
         checkpoint_dir=checkpoints, save_every=args.save_every, keep=args.keep,

@@ -145,7 +145,9 @@ class Turns(WithSetting):
                 clock.sleep(seconds)
                 yield torch.zeros(4, 1), torch.zeros(4)
 
-        self.assertEqual(script.loading(loader(), batches=3, passed_over=1), 8.0)
+        self.assertEqual(script.loading(loader(), CPU, batches=3, passed_over=1), 8.0)
+        with mock.patch.object(script, "synchronize", lambda device: clock.sleep(0.5)):  # until the device has done it
+            self.assertEqual(script.loading(loader(), torch.device("cuda"), batches=3, passed_over=1), 6.0)
 
     def test_seconds_of_a_step(self) -> None:
         clock = self.on_clock()

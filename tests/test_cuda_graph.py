@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -509,7 +510,7 @@ class Fallback(GraphCase):
             self.assert_falls_back("it needs CUDA, and the device is cpu")
 
     def test_reasons_that_need_more_than_a_trainer(self) -> None:
-        model = network()
+        model, criterion = network(), nn.Sequential(nn.CrossEntropyLoss())
         optimizer, cpu = make_optimizer("sgd", model.parameters()), torch.device("cpu")
         self.assertIsNone(graph_refusal(model, optimizer, cpu))
         self.assertIn("torch.compile has its own", str(graph_refusal(model, optimizer, cpu, compiled=True)))
@@ -521,12 +522,20 @@ class Fallback(GraphCase):
             model[0].register_full_backward_pre_hook,
             model[0].weight.register_hook,
             model[0].weight.register_post_accumulate_grad_hook,
+            criterion[0].register_forward_hook,
             optimizer.register_step_pre_hook,
+            register_optimizer_step_post_hook,
+            nn.modules.module.register_module_forward_hook,
+            nn.modules.module.register_module_forward_pre_hook,
+            nn.modules.module.register_module_full_backward_hook,
+            nn.modules.module.register_module_full_backward_pre_hook,
         ):
-            handle = register(lambda *_: None)  # type: ignore[operator]
-            self.assertIn("hooks", str(graph_refusal(model, optimizer, cpu)))
-            handle.remove()
-            self.assertIsNone(graph_refusal(model, optimizer, cpu))
+            with self.subTest(register.__qualname__):
+                handle = register(lambda *_: None)  # type: ignore[operator]
+                self.addCleanup(handle.remove)
+                self.assertIn("hooks", str(graph_refusal(model, optimizer, cpu, criterion=criterion)))
+                handle.remove()
+                self.assertIsNone(graph_refusal(model, optimizer, cpu, criterion=criterion))
         optimizer.param_groups[0] |= {"fused": None, "capturable": True}
         self.assertIsNone(graph_refusal(model, optimizer, cpu))
 
@@ -536,6 +545,10 @@ class Fallback(GraphCase):
             self.trainer("on")
         with mock.patch.object(nn.Module, "compile"), self.assertRaisesRegex(ValueError, "torch.compile"):
             self.trainer("on", compile=True)
+        criterion = nn.CrossEntropyLoss()
+        criterion.register_forward_hook(lambda *_: None)
+        with self.assertRaisesRegex(ValueError, "hooks on the model"):
+            self.trainer("on", criterion=criterion)
         with self.assertRaisesRegex(ValueError, "cuda_graph must be one of 'auto', 'on', 'off', got 'yes'"):
             self.trainer("yes")
 
@@ -562,7 +575,7 @@ class Fallback(GraphCase):
             lines = self.lines(lambda trainer=trainer: self.fit(trainer, 2))
             runs.append(trainer)
         self.assert_same_run(runs[1], runs[0])
-        reason = "hooks on the model, its parameters or the optimizer run in each step"
+        reason = "hooks on the model, its parameters, the loss or the optimizer run in each step"
         self.assertEqual(lines, [f"warning: no CUDA graph: {reason}; each step runs without"])
         self.assertEqual(Graph.made, [])
         trainer = self.trainer("on")

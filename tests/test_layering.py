@@ -19,7 +19,7 @@ MAY_IMPORT = {
         "checkpoint", "cuda_graph", "distributed", "device", "nonfinite", "evaluation", "position", "interrupts",
         "optim", "parallel",
     },
-    "cuda_graph": {"evaluation"},
+    "cuda_graph": {"evaluation", "optim"},
     "evaluation": {"device", "distributed", "position"},
     "distributed": {"shared_memory"},
     "parallel": {"checkpoint", "distributed", "shared_memory"},

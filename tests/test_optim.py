@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import unittest
 import warnings
@@ -92,6 +93,18 @@ class Optimizers(unittest.TestCase):
         ):
             with self.assertRaisesRegex(ValueError, words):
                 make_optimizer(name, params, **options)  # type: ignore[arg-type]
+        model = nn.Linear(2, 2)
+        for given, kind in (([{"params": model.parameters()}], "dict"), (model.named_parameters(), "tuple")):
+            with self.assertRaisesRegex(TypeError, f"expected parameters, got a {kind}; for groups or names use torch"):
+                make_optimizer("sgd", given)  # type: ignore[arg-type]
+
+    def test_complex_parameters(self) -> None:
+        for name in ("adam", "adamw", "sgd", "adagrad"):
+            value = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+            optimizer = make_optimizer(name, [value], 0.1)
+            value.abs().sum().backward()
+            optimizer.step()
+            self.assertTrue(bool((value.abs() < 1).all()))
 
 
 def rates(make: Callable[..., Any], steps: int, lr: float = 0.4) -> list[float]:
@@ -200,6 +213,9 @@ class Schedules(unittest.TestCase):
             schedule.step(loss)
             seen.append(optimizer.param_groups[0]["lr"])
         self.equal(seen, [0.4] * 5 + [0.04] * 2)
+        for i in range(10):  # a lower loss is a lower loss
+            schedule.step(0.4 - i * 1e-6)
+        self.equal([optimizer.param_groups[0]["lr"]], [0.04])
 
     def test_each_group_has_its_own_rate(self) -> None:
         for name in ("step", "cosine", "onecycle"):
@@ -352,6 +368,31 @@ class TakenSteps(unittest.TestCase):
         wrapper = mock.Mock(spec=["step"])
         take_step(wrapper)
         wrapper.step.assert_called_once_with()
+
+        class WithoutDict:
+            __slots__ = ("taken",)
+
+            def step(self) -> None:
+                self.taken = True
+
+        take_step(slim := WithoutDict())  # type: ignore[arg-type]
+        self.assertTrue(slim.taken)
+
+    def test_a_wrapper_that_copies_all_of_torchs_is_called(self) -> None:
+        self.ready()  # torch marks the class's step when the first is made, and functools.wraps copies the mark
+        torchs, calls = torch.optim.AdamW.step, []
+
+        @functools.wraps(torchs)
+        def watched(self: Any, closure: Any = None) -> Any:
+            calls.append(self)
+            return torchs(self, closure)
+
+        self.assertTrue(watched.hooked)  # type: ignore[attr-defined]
+        derived = type("Derived", (torch.optim.AdamW,), {"step": watched})
+        take_step(mine := self.ready(derived))  # type: ignore[arg-type]
+        with mock.patch.object(torch.optim.AdamW, "step", watched):
+            take_step(patched := self.ready())
+        self.assertEqual(calls, [mine, patched])
 
     def test_where_torch_keeps_its_hooks_elsewhere_its_own_step_is_taken(self) -> None:
         optimizer = self.ready()

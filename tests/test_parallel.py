@@ -956,6 +956,19 @@ class Strategies(ParallelCase):
                 averages=averaged_copy(network(), 0.9),
             )
 
+    def test_after_an_error_each_has_its_own_buffers_again(self) -> None:
+        model = network(norm=True)
+        before = copy.deepcopy(list(model.buffers()))
+        with (
+            mock.patch("torchbasics.distributed.world_size", lambda: 2),
+            mock.patch("torch.distributed.broadcast", lambda buffer, src: buffer.fill_(7)),
+            self.assertRaises(ZeroDivisionError),
+            parallel.shared_buffers(model),
+        ):
+            self.assertTrue(all(bool((buffer == 7).all()) for buffer in model.buffers()))
+            raise ZeroDivisionError
+        self.assert_same(list(model.buffers()), before)
+
     def test_without_others_nothing_is_exchanged(self) -> None:
         model = network(norm=True)
         with parallel.gradient_sync(model, wanted=False):

@@ -30,7 +30,7 @@ from torchbasics.checkpoint import CheckpointError, load_checkpoint
 from torchbasics.data import RandomAffine, TensorLoader
 from torchbasics.early_stopping import EarlyStopping
 from torchbasics.evaluation import compute_accuracy, evaluate, predict, without_samples
-from torchbasics.optim import averaged_copy
+from torchbasics.optim import averaged_copy, make_schedule
 from torchbasics.trainer import Interrupted, NonFiniteLoss, Trainer
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -141,6 +141,15 @@ class PlainLoop(TrainerCase):
 
     def test_any_schedule_per_step_if_asked(self) -> None:
         self.compare(lambda o: LambdaLR(o, lambda step: 1 / (1 + step)), scheduler_interval="step")
+
+    def test_our_own_step_per_step_by_default_but_for_the_plateau(self) -> None:
+        for name in ("step", "cosine", "onecycle", "constant"):
+            with self.subTest(name):
+                trainer = self.compare(lambda o, name=name: make_schedule(name, o, 16, 4))
+                self.assertEqual(trainer.scheduler_interval, "step")
+        plateau = make_schedule("plateau", optimizer := sgd(model := network()), 16)
+        trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, scheduler=plateau)
+        self.assertEqual(trainer.scheduler_interval, "epoch")
 
     def test_schedules_step_per_epoch_by_default(self) -> None:
         trainer = self.compare(lambda o: StepLR(o, 1, gamma=0.5))
@@ -366,6 +375,28 @@ class Means(TrainerCase):
         outputs = model(inputs)
         self.assertAlmostEqual(loss, nn.functional.cross_entropy(outputs, targets).item(), places=5)
         self.assertEqual(accuracy, float((outputs.argmax(1) == targets).double().mean()))
+
+    def test_targets_that_the_criterion_ignores_are_no_predictions(self) -> None:
+        for shape, index in (((8,), -100), ((8, 3, 3), -100), ((8,), 0), ((8, 3, 3), 0), ((8, 4), 255)):
+            with self.subTest(shape=shape, index=index):
+                model = nn.Identity()
+                outputs, targets = torch.randn(8, 3, *shape[1:]), torch.randint(0, 3, shape)
+                targets[targets == targets.flatten()[0]] = index
+                counted = targets != index
+                self.assertFalse(bool(counted.all()))
+                right = (outputs.argmax(1) == targets) & counted
+                batches = list(zip(outputs.split(3), targets.split(3), strict=True))
+                accuracy = evaluate(model, batches, nn.CrossEntropyLoss(ignore_index=index))[1]
+                self.assertEqual(accuracy, int(right.sum()) / int(counted.sum()))
+        nothing = [(torch.randn(2, 3), torch.full((2,), -100))]
+        self.assertIsNone(evaluate(nn.Identity(), nothing, nn.CrossEntropyLoss())[1])
+
+    def test_a_loss_without_mean_is_refused(self) -> None:
+        each = lambda outputs, y: nn.functional.cross_entropy(outputs, y, reduction="none")  # noqa: E731
+        trainer = Trainer(model := network(), each, sgd(model))
+        for judge in (trainer.train_one_epoch, trainer.validate):
+            with self.assertRaisesRegex(ValueError, r"one number, the batch's mean, got shape \(8,\)"):
+                judge(classes(16, 8))
 
     def test_empty_loader_is_an_error(self) -> None:
         with self.assertRaisesRegex(ValueError, "no sample"):

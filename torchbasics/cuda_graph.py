@@ -9,7 +9,7 @@ import contextlib
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchbasics.evaluation import tree_map
+from torchbasics.optim import has_step_hooks
 
 DEVICES = ("cuda",)
 GRAPH_MODES = ("auto", "on", "off")
@@ -24,7 +25,7 @@ GRAPH_MODES = ("auto", "on", "off")
 WARM_UP = 3
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+COMMON_HOOKS = tuple(f"_global{name}" for name in MODULE_HOOKS)  # of all modules there are
 
 
 def graph_refusal(
@@ -32,6 +33,7 @@ def graph_refusal(
     optimizer: Optimizer,
     device: torch.device,
     *,
+    criterion: Any = None,
     precision: str = "fp32",
     nan_policy: str = "stop",
     scheduler: Any = None,
@@ -52,14 +54,20 @@ def graph_refusal(
         f"{type(optimizer).__name__} is neither fused nor capturable": not all(
             group.get("fused") or group.get("capturable") for group in optimizer.param_groups
         ),
-        "hooks on the model, its parameters or the optimizer run in each step": _has_hooks(model, optimizer),
+        "hooks on the model, its parameters, the loss or the optimizer run in each step": _has_hooks(
+            [model, *([criterion] if isinstance(criterion, nn.Module) else [])], optimizer
+        ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _has_hooks(model: nn.Module, optimizer: Optimizer) -> bool:
-    kinds = ((model.modules(), MODULE_HOOKS), (model.parameters(), PARAMETER_HOOKS), ([optimizer], OPTIMIZER_HOOKS))
-    return any(getattr(owner, name, None) for owners, names in kinds for owner in owners for name in names)
+def _has_hooks(roots: Sequence[nn.Module], optimizer: Optimizer) -> bool:
+    owners = [
+        (nn.modules.module, COMMON_HOOKS),
+        *((module, MODULE_HOOKS) for root in roots for module in root.modules()),
+        *((parameter, PARAMETER_HOOKS) for root in roots for parameter in root.parameters()),
+    ]
+    return has_step_hooks(optimizer) or any(getattr(owner, name, None) for owner, names in owners for name in names)
 
 
 def signature(value: Any) -> Any:

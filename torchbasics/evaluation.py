@@ -23,7 +23,8 @@ class BatchResult(NamedTuple):
 
     loss: Tensor  # mean over the batch, of one element
     correct: Tensor | None  # of each sample: its number of right classes, (B,); None where targets are not classes
-    predictions: int
+    ignored: Tensor | None  # of each sample: how many of its targets the criterion ignores, (B,); None: it ignores none
+    predictions: int  # those of ignored targets too
     samples: int
 
 
@@ -46,12 +47,12 @@ class RunningMeans:
         if not self.pending:
             return None
         wide = torch.float32 if self.pending[0].loss.device.type == "mps" else torch.float64
-        losses = torch.cat([result.loss.view(1) for result in self.pending]).to(wide)
-        corrects = [result.correct for result in self.pending if result.correct is not None]
-        correct = torch.cat(corrects).sum() if corrects else losses.new_zeros(())
-        *values, total = torch.cat([losses, correct.to(wide).view(1)]).tolist()
+        losses = torch.stack([result.loss for result in self.pending]).to(wide)
+        counts = (_sum([getattr(result, name) for result in self.pending], losses) for name in ("correct", "ignored"))
+        *values, correct, ignored = torch.cat([losses, *counts]).tolist()
         bad = next(((loss, len(values) - i) for i, loss in enumerate(values) if not math.isfinite(loss)), None)
-        self.correct += int(total)
+        self.correct += int(correct)
+        self.predictions -= int(ignored)
         for loss, result in zip(values, self.pending, strict=True):
             self.loss_sum += loss * result.samples
             self.samples += result.samples
@@ -81,6 +82,12 @@ class RunningMeans:
         return RunningMeans(loss_sum, *(int(count) for count in counts))
 
 
+def _sum(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """The sum of all entries of those `parts` (n,) that are there, (1,) of the dtype of `like`."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found).sum().to(like.dtype).view(1) if found else like.new_zeros(1)
+
+
 def forward(
     model: nn.Module, criterion: Callable, inputs: Any, targets: Tensor, precision: str
 ) -> tuple[Tensor, BatchResult]:
@@ -103,15 +110,26 @@ def forward(
         outputs = outputs.float()
     with autocast(targets.device, "fp32" if one else precision):
         loss = criterion(outputs, targets) if samples else nothing_of(outputs)
-    return loss, BatchResult(loss.detach(), *_correct(outputs, targets), samples)
+    if loss.dim():
+        if loss.numel() != 1:
+            raise ValueError(f"criterion must return one number, the batch's mean, got shape {tuple(loss.shape)}")
+        loss = loss.squeeze()
+    return loss, BatchResult(loss.detach(), *_correct(criterion, outputs, targets), samples)
 
 
-def _correct(outputs: Any, targets: Tensor) -> tuple[Tensor | None, int]:
-    """Right classes of each sample, on the device, and predictions; (None, 0) where targets are not class indices."""
+def _correct(criterion: Callable, outputs: Any, targets: Tensor) -> tuple[Tensor | None, Tensor | None, int]:
+    """Right classes and ignored targets of each sample, on the device, and predictions; none without class indices."""
     if not isinstance(outputs, Tensor) or targets.is_floating_point() or not _are_scores(outputs.shape, targets.shape):
-        return None, 0
-    right = outputs.detach().argmax(1) == targets
-    return right if right.dim() == 1 else right.flatten(1).sum(1), targets.numel()
+        return None, None, 0
+    right, ignored = outputs.argmax(1) == targets, None
+    if (index := getattr(criterion, "ignore_index", None)) is not None:
+        ignored = targets == index
+        if index >= 0:  # else none of them is right anyway
+            right &= ~ignored
+    if right.dim() > 1:
+        right = right.flatten(1).sum(1)
+        ignored = None if ignored is None else ignored.flatten(1).sum(1)
+    return right, ignored, targets.numel()
 
 
 def _are_scores(outputs: torch.Size, targets: torch.Size) -> bool:

@@ -24,6 +24,8 @@ SCHEDULES = ("constant", "step", "cosine", "onecycle", "plateau")
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
 TORCHS = sys.modules[Optimizer.__module__]  # where torch keeps the hooks of all optimizers
+# The code of what torch puts around each optimizer's step; somebody else's wrapper may copy all of that but its code.
+NOTING = Optimizer.profile_hook_step(lambda _: None).__code__ if hasattr(Optimizer, "profile_hook_step") else object()
 
 
 def make_optimizer(
@@ -37,7 +39,8 @@ def make_optimizer(
 ) -> Optimizer:
     """Returns torch's optimizer `name` over those of `params` that require gradients.
 
-    The fused implementation is used where the parameters' device has one. `momentum` is for `sgd` (with Nesterov's
+    The fused implementation is used on the CPU and CUDA; it takes no sparse gradients (for `Embedding(sparse=True)`
+    make torch's own SGD or Adagrad). `momentum` is for `sgd` (with Nesterov's
     correction if it is not 0) and `rmsprop`. `capturable` lets a CUDA graph hold its step: all its state lies on the
     device. That of the fused ones does anyway, `adagrad` cannot be captured, and on other devices it changes nothing.
     """
@@ -46,6 +49,10 @@ def make_optimizer(
     for what, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{what} must be finite and not negative, got {value}")
+    params = list(params)
+    for given in params:
+        if not isinstance(given, torch.Tensor):
+            raise TypeError(f"expected parameters, got a {type(given).__name__}; for groups or names use torch.optim")
     trainable = [p for p in params if p.requires_grad]
     if not trainable:
         raise ValueError("no parameter requires a gradient; unfreeze at least one layer")
@@ -63,7 +70,7 @@ def make_optimizer(
 
 
 def _can_fuse(optimizer: Callable[..., Optimizer], params: list[torch.nn.Parameter]) -> bool:
-    kinds = {p.device.type for p in params}
+    kinds = {p.device.type if p.is_floating_point() else "complex" for p in params}
     return kinds == {"cpu"} or (kinds == {"cuda"} and optimizer is not torch.optim.Adagrad)  # fused Adagrad: CPU only
 
 
@@ -75,8 +82,8 @@ def make_schedule(
     `constant`; `step`: × 0.1 after each third; `cosine`: down to 0; `onecycle`: up to the rate in the first 30% and
     down to nearly 0 (Smith and Topin, arXiv:1708.07120; torch's OneCycleLR); `plateau`: × 0.1 at the
     fourth epoch in a row without a lower validation loss, to be stepped once per epoch with that loss; all others once
-    per optimizer step. `warmup_steps` raises the rate linearly from a hundredth first (for `onecycle`: the length of
-    its rise).
+    per optimizer step, which `Trainer` does of itself. `warmup_steps` raises the rate linearly from a hundredth first
+    (for `onecycle`: the length of its rise).
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
@@ -87,14 +94,24 @@ def make_schedule(
     if name == "plateau":
         if warmup_steps:
             raise ValueError("schedule 'plateau' has no warm-up; choose another schedule or warmup_steps=0")
-        return ReduceLROnPlateau(optimizer, patience=3)
+        return ReduceLROnPlateau(optimizer, patience=3, threshold=0)
     if name == "onecycle":
         return _onecycle(optimizer, total_steps, warmup_steps)
     if name == "cosine":
         return warmup_cosine_scheduler(optimizer, warmup_steps, total_steps)
     if name == "constant":
         return warmup_lr_scheduler(optimizer, warmup_steps, 0.01) if warmup_steps else None
-    return LambdaLR(optimizer, lambda step: _rise(step, warmup_steps) * 0.1 ** min(3 * step // total_steps, 2))
+
+    def factor(step: int) -> float:
+        return _rise(step, warmup_steps) * 0.1 ** min(3 * step // total_steps, 2)
+
+    return _by_step(LambdaLR(optimizer, factor))
+
+
+def _by_step(schedule: LRScheduler) -> LRScheduler:
+    """`schedule`, marked for Trainer as one that is stepped after each optimizer step."""
+    schedule.scheduler_interval = "step"  # type: ignore[attr-defined]
+    return schedule
 
 
 def _onecycle(optimizer: Optimizer, total_steps: int, warmup_steps: int) -> OneCycleLR:
@@ -109,7 +126,7 @@ def warmup_lr_scheduler(optimizer: Optimizer, warmup_iters: int, warmup_factor: 
     """The rate grows linearly from `warmup_factor` times its value to its value in `warmup_iters` steps (LinearLR)."""
     if warmup_iters < 1 or not 0 < warmup_factor <= 1:
         raise ValueError(f"need warmup_iters >= 1 and 0 < warmup_factor <= 1, got {warmup_iters} and {warmup_factor}")
-    return LinearLR(optimizer, start_factor=warmup_factor, total_iters=warmup_iters)
+    return _by_step(LinearLR(optimizer, start_factor=warmup_factor, total_iters=warmup_iters))
 
 
 def warmup_cosine_scheduler(
@@ -131,7 +148,7 @@ def warmup_cosine_scheduler(
         done = min((step - warmup_iters) / max(total_iters - warmup_iters, 1), 1.0)
         return min_factor + (1 - min_factor) * (1 + math.cos(math.pi * done)) / 2
 
-    return LambdaLR(optimizer, factor)
+    return _by_step(LambdaLR(optimizer, factor))
 
 
 def _rise(step: int, warmup_steps: int, start: float = 0.01) -> float:
@@ -191,11 +208,14 @@ def _parameters_and_buffers(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 def take_step(optimizer: Optimizer) -> None:
     """`optimizer.step()` without its note to profilers, 6% of a small step, where no profiler runs and no hook waits.
 
-    A `step` that was put on the object is called as it is, but for that of a schedule, which only notes the call.
+    A `step` that was put on the object or into its class is called as it is, but for that of a schedule, which only
+    notes the call. (An ExecutionTraceObserver alone is not taken for a profiler: its trace lacks the note.)
     """
-    noted, own = getattr(type(optimizer), "step", None), vars(optimizer).get("step")
+    noted, own = getattr(type(optimizer), "step", None), getattr(optimizer, "__dict__", {}).get("step")
     of_schedule = getattr(own, "_wrapped_by_lr_sched", False) and getattr(own, "__wrapped__", None) is noted
-    if (own is None or of_schedule) and getattr(noted, "hooked", False) and not _is_watched(optimizer):
+    torchs = getattr(noted, "__code__", None) is NOTING
+    watched = torch.autograd._profiler_enabled() or has_step_hooks(optimizer)
+    if (own is None or of_schedule) and torchs and not watched:
         noted.__wrapped__(optimizer)  # type: ignore[union-attr]
         if of_schedule:
             optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -203,11 +223,10 @@ def take_step(optimizer: Optimizer) -> None:
         optimizer.step()
 
 
-def _is_watched(optimizer: Optimizer) -> bool:
-    """Whether a profiler runs, or something is to be called around a step: of this optimizer, or of all."""
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether something is to be called around its step: hooks of its own, or of all optimizers."""
     return bool(
-        torch.autograd._profiler_enabled()
-        or getattr(optimizer, "_optimizer_step_pre_hooks", True)
+        getattr(optimizer, "_optimizer_step_pre_hooks", True)
         or getattr(optimizer, "_optimizer_step_post_hooks", True)
         or getattr(TORCHS, "_global_optimizer_pre_hooks", True)
         or getattr(TORCHS, "_global_optimizer_post_hooks", True)

@@ -169,11 +169,13 @@ def shared_buffers(model: nn.Module) -> Iterator[None]:
     buffers = list(bare_model(model).buffers()) if distributed.world_size() > 1 else []
     buffers = [buffer for buffer in buffers if buffer.numel()]
     own = [buffer.clone() for buffer in buffers]
-    for buffer in buffers:
-        dist.broadcast(buffer, src=0)
-    yield
-    for buffer, before in zip(buffers, own, strict=True):
-        buffer.copy_(before)
+    try:
+        for buffer in buffers:
+            dist.broadcast(buffer, src=0)
+        yield
+    finally:
+        for buffer, before in zip(buffers, own, strict=True):
+            buffer.copy_(before)
 
 
 class GradientExchange:

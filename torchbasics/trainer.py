@@ -61,15 +61,16 @@ class Trainer:
 
     A loader is any iterable of `(inputs, targets)`; inputs may be a tensor, or a tuple, list or dict of them. A loss
     whose mean is not over samples (class weights, ignored targets) is averaged over batches by their samples all the
-    same: micro-batches and processes then change it a little.
+    same: micro-batches and processes then change it a little. Accuracy is that of the targets which `criterion` does
+    not ignore (its `ignore_index`).
 
     `model` may be wrapped for several processes (`parallel.replicate`, `parallel.shard`). On the CPU,
     `cache_cpu_memory()` beforehand makes the steps of a convolutional network about a quarter shorter.
 
     Args:
         device: where to train; the model's own device by default.
-        scheduler: stepped per epoch, or per optimizer step with `scheduler_interval="step"` (the default for OneCycleLR
-            and CyclicLR); ReduceLROnPlateau gets the monitored value.
+        scheduler: stepped per epoch, or per optimizer step with `scheduler_interval="step"` (the default for
+            OneCycleLR, CyclicLR and what `make_schedule` makes); ReduceLROnPlateau gets the monitored value.
         precision: `fp32`, `bf16`, `fp16` (with loss scaling) or `auto`.
         channels_last: keep images and convolution weights as (N, H, W, C) in memory.
         compile: True or one of torch.compile's modes.
@@ -145,9 +146,9 @@ class Trainer:
         # an infinity that is there from the start is meant, as in a mask
         buffers = bare_model(self.model).named_buffers()
         self._infinite_by_design = {name for name, b in buffers if not b.is_meta and not bool(b.isfinite().all())}
-        self.scheduler_interval = scheduler_interval or (
-            "step" if isinstance(scheduler, (OneCycleLR, CyclicLR)) else "epoch"
-        )
+        by_step = isinstance(scheduler, (OneCycleLR, CyclicLR))
+        usual: str = "step" if by_step else getattr(scheduler, "scheduler_interval", "epoch")
+        self.scheduler_interval = scheduler_interval or usual
         self.precision = pick_precision(precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.accumulate, self.clip_norm, self.clip_value = accumulate, clip_norm, clip_value
@@ -361,9 +362,10 @@ class Trainer:
 
         A process that has less of an epoch than others takes part with empty batches, until all are done.
         """
-        if distributed.world_size() > 1 and not parallel.is_wrapped(self.model):
+        alone = distributed.world_size() == 1
+        if not alone and not parallel.is_wrapped(self.model):
             raise ValueError("several processes train one model: wrap it by parallel.replicate or parallel.shard first")
-        if distributed.world_size() > 1 and self._learning_criterion is not None:
+        if not alone and self._learning_criterion is not None:
             raise ValueError(
                 "several processes do not exchange the gradients of a criterion; put its part in the model"
             )
@@ -371,7 +373,7 @@ class Trainer:
         while True:
             window = [to_device(batch, self.device, self.memory_format) for batch in self._next_window(batches)]
             samples, length = sum(targets.shape[0] for _, targets in window), len(window)
-            if distributed.world_size() > 1:
+            if not alone:
                 samples, length = self._agree_on(samples, length)
                 if self._cut_off:
                     self._leave_if_signalled()
@@ -418,6 +420,7 @@ class Trainer:
             self.model,
             self.optimizer,
             self.device,
+            criterion=self.criterion,
             precision=self.precision,
             nan_policy=self.nan_policy,
             scheduler=self.scheduler,
