@@ -263,7 +263,7 @@ class AsWithout(GraphCase):
     def test_bf16(self) -> None:
         self.compare(precision="bf16", nan_policy="ignore")
 
-    def test_the_averages_rate_and_count_are_plain_numbers_outside(self) -> None:
+    def test_the_rate_is_a_plain_number_outside(self) -> None:
         seen = []
         trainer = self.trainer(schedule=lambda o: StepLR(o, 1, 0.5), checkpoint_dir=self.folder)
         trainer.on_step_end = (lambda t: seen.append(t.optimizer.param_groups[0]["lr"]),)
