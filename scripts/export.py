@@ -485,7 +485,10 @@ def load_data(facts: Facts, args: argparse.Namespace) -> Data:
 
 
 def real_data(facts: Facts, args: argparse.Namespace) -> Data:
-    """The network's own data set, as train_mnist splits and normalises it; ValueError if it cannot be that one."""
+    """The network's own data set, normalised as in training; ValueError if it cannot be that one.
+
+    Without test images there are no targets: which images training held out is not known here.
+    """
     if facts.dataset is None:
         raise ValueError(f"--verify-data {args.verify_data}: the network's data set is unknown; leave it out")
     missing = [path for part in (True, False) if facts.dataset in FOLDERS
@@ -499,6 +502,9 @@ def real_data(facts: Facts, args: argparse.Namespace) -> Data:
                          "own data")
     inputs, targets = (torch.cat(parts) for parts in zip(*loaders.test, strict=True))
     some = torch.cat([batch for batch, _ in itertools.islice(loaders.train, -(-args.calibration // 32))])
+    if loaders.test is loaders.val:
+        return Data(inputs, None, some[: args.calibration], loaders.train,
+                    f"{facts.dataset} images; there is no test/ folder to judge on")
     return Data(inputs, targets, some[: args.calibration], loaders.train, f"{facts.dataset} test images")
 
 

@@ -702,6 +702,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if ":" not in args.model and args.model not in MODELS:
         parser.error(f"--model {args.model}: expected {', '.join(MODELS)} or module:callable")
+    if ":" not in args.model and (len(args.input_shape) != 3 or args.input_shape[1] != args.input_shape[2]):
+        sizes = ",".join(map(str, args.input_shape))
+        parser.error(f"--input-shape {sizes}: {args.model} takes channels and two equal sides, such as 1,28,28")
     if args.compile and args.checkpoint_activations:
         parser.error("--compile chooses by itself what to compute again; leave out --checkpoint-activations")
     args.dataset = args.dataset or ("mnist" if args.data_dir else "digits")
@@ -723,6 +726,8 @@ def run(args: argparse.Namespace) -> int:
     """The recipe."""
     old = load_report(args.compare) if args.compare else None
     folder = Path(args.output) if args.output else unused_directory(f"profile-{args.model.replace(':', '.')}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder}: is not a folder; choose another")
     if (folder / "report.json").exists() and not args.overwrite:
         raise ValueError(f"{folder}: has a report already; --overwrite replaces it, or name another --output")
     report = profile(args, folder)

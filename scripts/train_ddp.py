@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import shlex
 import socket
@@ -148,8 +149,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     with contextlib.ExitStack() as stack:
         if distributed.rank_in_environment():  # help and errors come once, from rank 0
-            stack.enter_context(contextlib.redirect_stdout(None))
-            stack.enter_context(contextlib.redirect_stderr(None))
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         args = options.parse_with_preset(parser, argv)
         check_strategy(parser, args)
         args = options.check_resume(parser, args)
@@ -235,6 +236,7 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
     processes = name_processes(device, threads)
     report = None
     if run is not None:
+        data = data._replace(notice=run.info.get("notice") or data.notice)  # resumed: the data set that was chosen then
         report = Report(args, data, run, began)
         report.begin(trainer, start, tb.__version__, processes)
     communication = Communication(report, exchange)

@@ -133,7 +133,10 @@ def make_parser() -> options.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
-    return options.check_resume(parser, options.parse_with_preset(parser, argv))
+    args = options.check_resume(parser, options.parse_with_preset(parser, argv))
+    if args.seed + args.ensemble > 2**32:
+        parser.error(f"--seed {args.seed}: each of {args.ensemble} models takes the next one; the highest is 2**32 - 1")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -215,6 +218,9 @@ def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextl
 def train_ensemble(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextlib.ExitStack) -> int:
     """Each member is a run of its own, in a folder of this one; a finished one is not trained again after a resume."""
     data = load_data(args, tb.pick_device(args.device))
+    if data.test is data.val:
+        raise ValueError(f"{args.data_dir}: --ensemble needs a test/ folder: each model holds out other images, and has "
+                         "seen those of the others")
     if run is None:
         output = args.output or unused_directory(f"{data.facts['dataset']}-ensemble")
         run = stack.enter_context(tb.RunDirectory(output, overwrite=args.overwrite))
@@ -245,6 +251,8 @@ def train_member(args: argparse.Namespace, folder: Path, seed: int) -> dict[str,
             member, run = argparse.Namespace(**vars(args) | changes), None
             if not args.dry_run:  # whose folder is chosen already
                 member, run = open_run(member, free, stack)
+                for name in options.FREE_ON_RESUME - changes.keys() & vars(args).keys():
+                    setattr(member, name, getattr(args, name))
             train(member, run, stack)
     return json.loads(described.read_text(encoding="utf-8"))["result"]
 

@@ -658,17 +658,25 @@ class TestSources(ExportCase):
         def loaders(name: str, folder: str, batch_size: int, **options: Any) -> Loaders:
             self.assertEqual((name, folder, options["augment"]), ("mnist", "somewhere", False))
             facts = {"classes": classes, "in_channels": 1}
-            return Loaders([(inputs[:32], targets[:32])] * 3, None, [(inputs, targets)], facts, "")
+            return Loaders([(inputs[:32], targets[:32])] * 3, held_out, test, facts, "")
 
         self.patch("make_loaders", loaders)
         self.patch("missing_files", lambda *_: [])
-        classes = tuple("0123456789")
+        test: list[Any] = [(inputs, targets)]
+        classes, held_out = tuple("0123456789"), [test[0]]
         named = ("--format", "pt2", "--verify-data", "somewhere")
         code, out, err = self.run_main(*named, "--json", checkpoint=self.folder / "mnist.pt")
         self.assertEqual((code, err), (0, ""))
         result = json.loads(out)
         self.assertEqual((result["inputs"], result["data"]), (120, "mnist test images"))
         self.assertEqual(result["rows"][1]["accuracy"], int((MODEL(inputs).argmax(1) == targets).sum()) / 120)
+        shutil.rmtree(self.output)
+        held_out = test  # as of a folder without test/: the network may have been trained on these
+        code, out, err = self.run_main(*named, "--json", checkpoint=self.folder / "mnist.pt")
+        self.assertEqual((code, err), (0, ""))
+        result = json.loads(out)
+        self.assertEqual((result["inputs"], result["data"]), (120, "mnist images; there is no test/ folder to judge on"))
+        self.assertEqual([row["accuracy"] for row in result["rows"]], [None, None])
         shutil.rmtree(self.output)
         classes = tuple("abc")
         self.refuse(*named, text="has other classes", checkpoint=self.folder / "mnist.pt")

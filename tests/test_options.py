@@ -259,6 +259,36 @@ class Errors(unittest.TestCase):
             errors.seek(0)
             return ended, errors.read()
 
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_output_that_is_not_taken_to_its_end(self) -> None:
+        """It waits in a buffer, and is written after the work; the interpreter's own end must find nothing left."""
+
+        def to_parse() -> int:
+            options.Parser(prog="x").parse_args(["--help"])
+            return 0
+
+        reading, writing = os.pipe()
+        os.close(reading)
+        self.addCleanup(os.close, writing)
+        full = os.open("/dev/full", os.O_WRONLY)
+        self.addCleanup(os.close, full)
+        for number, codes, lines in ((writing, (141, 2), 0), (full, (1, 2), 1)):
+            for work, code in ((lambda: print("said") or 0, codes[0]), (lambda: print("said") or 2, codes[1]),
+                               (to_parse, codes[0])):  # fmt: skip
+                with (
+                    self.subTest(code=code, full=number == full),
+                    open(os.dup(number), "w", encoding="utf-8") as out,
+                    contextlib.redirect_stdout(out),
+                    contextlib.redirect_stderr(io.StringIO()) as err,
+                ):
+                    try:
+                        found = options.guarded(work, False)
+                    except SystemExit as stop:
+                        found = stop.code
+                    self.assertEqual(found, code)
+                    self.assertEqual(err.getvalue().count("\n"), 0 if code == 2 else lines)
+                    print("more", flush=True)  # into nothing
+
     def test_leaving_at_once(self) -> None:
         with tempfile.TemporaryFile("w+") as file:
             self.assertEqual(self.left(3, file.fileno()), (3, ""))

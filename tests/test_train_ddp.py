@@ -186,6 +186,17 @@ class OneProcess(DdpCase):
         self.assert_same_run(self.folder / "theirs", straight)
 
 
+class NoNetwork(DdpCase):
+    def test_a_resumed_run_still_says_what_it_is_trained_on(self) -> None:
+        auto = (*test_train_mnist.NoNetwork.AUTO, "--data-dir", self.folder / "none")
+        with self.killed_at(9):
+            self.assertEqual(self.main(*auto, "--output", self.folder / "run").code, 143)
+        done = self.main("--resume", self.folder / "run")
+        self.assertEqual(done.out.count("NOTICE: no MNIST"), 2)
+        for part in (self.info(self.folder / "run"), self.info(self.folder / "run")["result"]):
+            self.assertTrue(part["notice"].startswith("NOTICE"))
+
+
 class BadInput(DdpCase):
     def test_values(self) -> None:
         for pattern, argv in (

@@ -523,6 +523,27 @@ class Ensemble(ScriptCase):
 
         return on_step_end
 
+    def test_what_may_change_at_a_resume_changes_for_a_member_that_has_begun(self) -> None:
+        with mock.patch.object(script.Report, "on_step_end", self.killer(at=3)):
+            done = self.main(*self.SMALL, "--ensemble", 2, "--keep", 3, "--output", self.folder / "cut")
+        self.assertEqual(done.code, 143, done.err)
+        self.assertEqual(self.main("--resume", self.folder / "cut", "--keep", 1).code, 0)
+        for member in ("member-1", "member-2"):
+            self.assertEqual(self.info(self.folder / "cut" / member)["arguments"]["keep"], 1)
+            self.assertEqual(len(list((self.folder / "cut" / member / "checkpoints").glob("step-*.pt"))), 1)
+
+    def test_it_needs_test_images_that_are_the_same_for_all(self) -> None:
+        write_images(self.folder / "one")
+        data = ("--dataset", "folder", "--data-dir", self.folder / "one", "--batch-size", 8)
+        done = self.main(*data, "--ensemble", 2, "--output", self.folder / "run")
+        self.assert_refused(done, "--ensemble needs a test/ folder")
+        self.assertFalse((self.folder / "run").exists())
+
+    def test_seeds_beyond_the_last_are_refused_at_once(self) -> None:
+        done = self.main(*self.SMALL, "--ensemble", 2, "--seed", 2**32 - 1, "--output", self.folder / "run")
+        self.assert_refused(done, "--seed 4294967295: each of 2 models takes the next one")
+        self.assertFalse((self.folder / "run").exists())
+
     def test_overwrite_trains_all_members_again_and_a_used_directory_is_refused(self) -> None:
         options = (*self.SMALL, "--epochs", 1, "--ensemble", 2, "--output", self.folder / "run")
         self.assertEqual(self.main(*options, "--seed", 1).code, 0)
@@ -784,6 +805,9 @@ class BadInput(ScriptCase):
             done = self.main(*self.SMALL, "--output", self.folder / "new", *argv)
             self.assert_refused(done, pattern, code)
             self.assertEqual(list((self.folder / "new").glob("checkpoints/*")), [])
+
+    def test_more_warm_up_than_epochs(self) -> None:
+        self.refused("--warmup-epochs 2.5 are more than --epochs 2", "--epochs", 2, "--warmup-epochs", 2.5)
 
     def test_values(self) -> None:
         for option, value in (

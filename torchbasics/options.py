@@ -56,6 +56,10 @@ class Parser(argparse.ArgumentParser):
         """Ends the program."""
         self.exit(2, f"error: {printable(message)}; see --help\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> Any:
+        """Ends the program, after `--help` too."""
+        super().exit(written_out(status), message)
+
 
 def number(kind: type, low: float, high: float = math.inf, strict: bool = False) -> Any:
     """An argparse type: a finite `kind` between `low` (excluded if strict) and `high`."""
@@ -216,7 +220,10 @@ def parse_with_preset(parser: Parser, argv: list[str] | None) -> argparse.Namesp
     first.add_argument("--preset")
     preset = first.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.warmup_epochs > args.epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs:g} are more than --epochs {args.epochs}; choose fewer")
+    return args
 
 
 # --------------------------------------------------------------------------------------- the options of a continued run
@@ -307,17 +314,35 @@ GO_ON = "older checkpoints are intact, make room or permit writing, then --resum
 def guarded(work: Callable[[], int], debug: bool, interrupted: str = "interrupted", not_written: str = PERMIT) -> int:
     """The exit code of `work()`. An error takes one line on stderr, with `debug` its traceback; Ctrl-C says so."""
     try:
-        return work()
+        code = work()
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
-        return 130
+        code = 130
     except BrokenPipeError:
-        return reader_left()
+        code = reader_left()
     except Exception as error:
         if debug:
             raise
         print(f"error: {one_line(error, not_written)}", file=sys.stderr)
-        return exit_code(error)
+        code = exit_code(error)
+    return written_out(code)
+
+
+def written_out(code: int) -> int:
+    """`code`, when all output is written; if that cannot be, an error's code, and nothing more is written."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # stderr is written line by line
+    except BrokenPipeError:
+        left = reader_left()
+        return code or left
+    except OSError as error:  # a full disk under a redirected output
+        reader_left()
+        if not code:
+            error.filename = "standard output"
+            print(f"error: {one_line(error, 'make room for it')}", file=sys.stderr, flush=True)
+        return code or 1
+    return code
 
 
 def leave(code: int) -> NoReturn:
@@ -328,16 +353,7 @@ def leave(code: int) -> NoReturn:
     for a failed job.
     """
     atexit._run_exitfuncs()
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()  # stderr is written line by line
-    except BrokenPipeError:
-        code = code or reader_left()
-    except OSError as error:  # a full disk under a redirected output
-        error.filename = "standard output"
-        print(f"error: {one_line(error, 'make room for it')}", file=sys.stderr, flush=True)
-        code = code or 1
-    os._exit(code)
+    os._exit(written_out(code))
 
 
 def reader_left() -> int:
