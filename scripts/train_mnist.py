@@ -219,8 +219,8 @@ def train_ensemble(args: argparse.Namespace, run: tb.RunDirectory | None, stack:
     """Each member is a run of its own, in a folder of this one; a finished one is not trained again after a resume."""
     data = load_data(args, tb.pick_device(args.device))
     if data.test is data.val:
-        raise ValueError(f"{args.data_dir}: --ensemble needs a test/ folder: each model holds out other images, and has "
-                         "seen those of the others")
+        raise ValueError(f"{args.data_dir}: --ensemble needs a test/ folder: each model holds out other images, "
+                         "and has seen those of the others")
     if run is None:
         output = args.output or unused_directory(f"{data.facts['dataset']}-ensemble")
         run = stack.enter_context(tb.RunDirectory(output, overwrite=args.overwrite))

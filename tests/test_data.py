@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import select
+import shutil
 import signal
 import struct
 import tempfile
@@ -32,6 +33,7 @@ from torchbasics.data import (
     RandomAffine,
     SeededImageFolder,
     TensorLoader,
+    _pixel_centres,
     channel_statistics,
     folder_loader,
     get_transforms,
@@ -393,6 +395,20 @@ class Affine(unittest.TestCase):
     def test_no_samples(self) -> None:
         self.assertEqual(tuple(RandomAffine()(torch.zeros(0, 1, 28, 28), torch.zeros(0, 3)).shape), (0, 1, 28, 28))
 
+    def test_what_torch_makes_by_default_changes_nothing(self) -> None:
+        def epoch() -> list[Tensor]:
+            _pixel_centres.cache_clear()
+            data = torch.full((6, 1, 8, 8), 100, dtype=torch.uint8, device="cpu"), torch.arange(6, device="cpu")
+            return [x for x, _ in TensorLoader(*data, 3, shuffle=True, augment=RandomAffine(scale=0.1))]
+
+        expected = epoch()
+        self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+        self.assertTrue(all(map(torch.equal, epoch(), expected)))
+        torch.set_default_dtype(torch.float32)
+        with torch.device("meta"):
+            self.assertTrue(all(map(torch.equal, epoch(), expected)))
+
 
 class Statistics(unittest.TestCase):
     def test_against_float64(self) -> None:
@@ -542,6 +558,30 @@ class Folders(TempCase):
             self.assertTrue(torch.equal(folder[form][0], folder[8][0]))
         with self.assertRaises(IndexError):
             folder[9]
+
+    def test_images_at_any_depth_but_no_hidden_ones(self) -> None:
+        write_images(self.root / "d" / "2024")
+        (self.root / "a" / "._x.png").write_bytes(b"of macOS")
+        (self.root / "b" / ".thumbnails").mkdir()
+        shutil.copy(next((self.root / "a").glob("[!.]*.png")), self.root / "b" / ".thumbnails" / "small.png")
+        folder = self.folder()
+        self.assertEqual(folder.classes, ("a", "b", "c", "d"))
+        self.assertEqual(folder.targets.bincount().tolist(), [2, 3, 4, 9])
+        self.assertEqual(len([folder[i] for i in range(len(folder))]), 18)
+
+    def test_a_transform_that_draws_from_numpy(self) -> None:
+        try:
+            import numpy
+        except ImportError:
+            self.skipTest("needs NumPy")
+        folder = SeededImageFolder(self.root, lambda image: numpy.random.rand(), seed=2**40)
+        numpy.random.seed(1)
+        expected = numpy.random.rand(2).tolist()
+        numpy.random.seed(1)
+        found = [numpy.random.rand(), folder[0][0], folder[1, 3][0], folder[0][0], numpy.random.rand()]
+        self.assertEqual(found[1], found[3])
+        self.assertNotEqual(found[1], found[2])
+        self.assertEqual([found[0], found[4]], expected)
 
     def test_the_global_generators_stay_where_they_are(self) -> None:
         folder = self.folder()

@@ -12,6 +12,7 @@ import unittest
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from torchbasics.interrupts import SignalNote
 
@@ -64,6 +65,15 @@ class InOneProcess(unittest.TestCase):
         with self.assertRaises(KeyError), SignalNote():
             raise KeyError
         self.assertEqual(signal.getsignal(signal.SIGCHLD), signal.SIG_DFL)
+
+    def test_a_handler_that_is_not_pythons_stays(self) -> None:
+        """Of a program that Python is a part of: it could not be put back."""
+        with (
+            mock.patch.object(signal, "getsignal", side_effect={signal.SIGINT: None, signal.SIGTERM: 0}.get),
+            mock.patch.object(signal, "signal", return_value=signal.SIG_DFL) as taken,SignalNote()
+        ):
+            pass
+        self.assertEqual({call.args[0] for call in taken.call_args_list}, {signal.SIGTERM})
 
     def test_no_handlers_where_none_are_allowed_or_wanted(self) -> None:
         before = signal.getsignal(signal.SIGTERM)

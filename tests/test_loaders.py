@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.test_train_mnist import MNIST_LIKE, few_digits, write_fashion, write_images
 from torchbasics import loaders, mnist
+from torchbasics.data import load_images
 from torchbasics.loaders import make_loaders
 
 
@@ -77,6 +78,16 @@ class InMemory(LoadersCase):
         (x, _), (y, _) = next(iter(still.train)), next(iter(plain.train))
         torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
 
+    def test_the_test_images_are_the_test_set(self) -> None:
+        write_fashion(self.folder)
+        data = make_loaders("fashion-mnist", self.folder, 32, val_size=40)
+        train, test = (load_images("fashion-mnist", self.folder, train=part) for part in (True, False))
+        found = torch.cat([inputs for inputs, _ in data.test])
+        self.assertTrue(torch.equal(found.mul(data.facts["std"][0]).add(data.facts["mean"][0]).mul(255).round().byte(),
+                                    test.inputs))  # fmt: skip
+        self.assertTrue(torch.equal(torch.cat([targets for _, targets in data.test]), test.targets))
+        self.assertFalse(torch.equal(train.inputs[: len(test.inputs)], test.inputs))
+
     def test_limits(self) -> None:
         data = make_loaders("digits", val_size=40, batch_size=8, limit_batches=3, limit_evaluation=1)
         self.assertEqual([len(batches(part)) for part in data[:3]], [3, 1, 1])
@@ -126,6 +137,17 @@ class InMemory(LoadersCase):
 
 
 class Folders(LoadersCase):
+    def test_limits(self) -> None:
+        write_images(self.folder, 40)
+        data = make_loaders("folder", self.folder, 4, val_size=12, limit_batches=2, limit_evaluation=1, image_size=16)
+        self.assertEqual([len(batches(part)) for part in data[:3]], [2, 1, 1])
+
+    def test_a_class_without_images(self) -> None:
+        write_images(self.folder, 20)
+        (self.folder / "zebras").mkdir()
+        with self.assertRaisesRegex(ValueError, "no images of zebras; add some, or remove the folder"):
+            make_loaders("folder", self.folder, 4, val_size=5)
+
     def test_one_folder_is_split(self) -> None:
         write_images(self.folder, 40)
         data = make_loaders("folder", self.folder, 8, val_size=10, augment=False, image_size=16)

@@ -462,7 +462,9 @@ class Info(unittest.TestCase):
         self.assertEqual(text, "a                12 B\nlong name       3.5 MiB\nerror             -1.2%")
 
     def test_a_containers_limit(self) -> None:
-        texts = {"/sys/fs/cgroup/memory.max": "1000000\n", "/sys/fs/cgroup/memory.current": "400000\n"}
+        """What it has read from files counts as used there, and is given back when it is needed."""
+        files = {"max": "1000000\n", "current": "1000000\n", "stat": "anon 400000\ninactive_file 600000\n"}
+        texts = {f"/sys/fs/cgroup/memory.{name}": text for name, text in files.items()}
         with (
             mock.patch.object(memory, "_proc", return_value={"MemTotal": 10**9, "MemAvailable": 10**8}),
             mock.patch.object(Path, "read_text", lambda path: texts[str(path)]),

@@ -554,8 +554,8 @@ class Command(InFolder):
             (2, "No such file", ["--compare", "absent.json"]),
             (2, "expected a whole number from 1", ["--active", "0"]),
             (2, "expected a whole number from 1", ["--input-shape", "3,x"]),
-            (2, "mlp takes channels and two equal sides", ["--model", "mlp", "--synthetic", "--input-shape", "784"]),
-            (2, "mlp takes channels and two equal sides", ["--model", "mlp", "--synthetic", "--input-shape", "3,32,64"]),
+            (2, "mlp takes channels and two equal sides", ["--model", "mlp", "--input-shape", "784"]),
+            (2, "mlp takes channels and two equal sides", ["--model", "mlp", "--input-shape", "3,32,64"]),
             (2, "is not a folder; choose another", ["--output", "used/report.json"]),
             (2, "leave out --checkpoint-activations", ["--compile", "--checkpoint-activations"]),
         ):

@@ -291,6 +291,40 @@ class Loaders(ResumeCase):
 
         self.check(build, [("batch", 3)], [("epoch", 1)])
 
+    def test_generators_at_any_depth(self) -> None:
+        class Noisy(torch.utils.data.TensorDataset):
+            def __init__(self, *tensors: Tensor) -> None:
+                super().__init__(*tensors)
+                self.rng = torch.Generator().manual_seed(6)
+
+            def __getitem__(self, index: int) -> tuple:
+                inputs, targets = super().__getitem__(index)
+                return inputs + torch.rand((), generator=self.rng), targets
+
+        class Wrapped(torch.utils.data.Sampler):
+            def __init__(self, inner: torch.utils.data.Sampler) -> None:
+                self.within = {"inner": [inner]}
+
+            def __len__(self) -> int:
+                return len(self.within["inner"][0])
+
+            def __iter__(self) -> Iterator[int]:
+                return iter(self.within["inner"][0])
+
+        def build(name: str) -> tuple:
+            noisy = Noisy(*self.floats())
+            parts = [torch.utils.data.Subset(noisy, range(start, len(noisy), 2)) for start in (0, 1)]
+            sampler = Wrapped(RandomSampler(parts[0], generator=torch.Generator().manual_seed(4)))
+            return self.trainer(name), DataLoader(parts[0], 8, sampler=sampler), DataLoader(parts[1], 8)
+
+        self.check(build, [("batch", 3)], [("epoch", 1)], [("val", 1)])
+        weights = []
+        for validated in (False, True):
+            trainer, train, val = build(f"validated: {validated}")
+            trainer.fit(train, val if validated else None, 3, verbose=False)
+            weights.append(list(trainer.model.parameters()))
+        self.assertTrue(all(map(torch.equal, *weights)))
+
     def test_a_batch_sampler_is_told_the_epoch(self) -> None:
         """Through the sampler inside it, which else gives the same order in each."""
         data = TensorDataset(torch.arange(12), torch.zeros(12))

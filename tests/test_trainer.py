@@ -1553,6 +1553,47 @@ class WhatAReviewFound(unittest.TestCase):
                 with self.assertRaisesRegex(NonFiniteLoss, "a running statistic is NaN or infinite"):
                     trainers[1].save()
 
+    def test_so_is_that_of_a_compiled_part(self) -> None:
+        class Masked(nn.Linear):
+            def __init__(self) -> None:
+                super().__init__(4, 2)
+                self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+
+        with tempfile.TemporaryDirectory() as folder:
+            first, second = (
+                self.trainer(nn.Sequential(torch.compile(Masked(), backend="eager")), checkpoint_dir=folder)
+                for _ in range(2)
+            )
+            self.assertTrue(any("_orig_mod" in name for name, _ in first.model.named_buffers()))
+            first.save()
+            self.assertTrue(second.resume())
+
+    def test_a_refused_resume_changes_no_weight(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.trainer(nn.Linear(4, 2), checkpoint_dir=folder).save()
+            model = nn.Linear(4, 2)
+            optimizer = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "lr": 1.0}], 0.1)
+            other = Trainer(model, nn.CrossEntropyLoss(), optimizer, checkpoint_dir=folder)
+            before = copy.deepcopy(model.state_dict())
+            with self.assertRaisesRegex(CheckpointError, r"has groups of \[2\] parameters, this one of \[1, 1\]"):
+                other.resume()
+            self.assertTrue(all(torch.equal(before[name], value) for name, value in model.state_dict().items()))
+
+    def test_metadata_of_any_name_is_compared(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.trainer(checkpoint_dir=folder, metadata={"optimizer": "rate 0.1"}).save()
+            with self.assertRaisesRegex(CheckpointError, "optimizer is 'rate 0.1' there, 'rate 9' here"):
+                self.trainer(checkpoint_dir=folder, metadata={"optimizer": "rate 9"}).resume()
+            self.assertTrue(self.trainer(checkpoint_dir=folder, metadata={"optimizer": "rate 0.1"}).resume())
+
+    def test_a_signal_after_the_last_save_is_told_too(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self.trainer(checkpoint_dir=folder)
+            late = mock.patch.object(trainer, "_epoch_line", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            with late, contextlib.redirect_stdout(io.StringIO()), self.assertRaises(Interrupted) as raised:
+                trainer.fit(self.batches(1.0, 2.0), None, 1)
+            self.assertEqual(raised.exception.checkpoint.name, "step-00000002.pt")
+
     def test_parameters_of_the_criterion_are_saved_and_resumed(self) -> None:
         class Weighted(nn.Module):
             def __init__(self) -> None:

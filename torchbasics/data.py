@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -181,8 +182,9 @@ class BatchOrder:
     def order(self) -> Tensor:
         """The samples' indices in the order of this epoch, int64 (count,)."""
         if not self.shuffle:
-            return torch.arange(self.count)
-        return torch.randperm(self.count, generator=torch.Generator().manual_seed(mix_seed(self.seed, self.epoch)))
+            return torch.arange(self.count, device="cpu")
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        return torch.randperm(self.count, generator=generator, device="cpu")
 
     def _part(self, size: int) -> slice:
         return slice(size * self.rank // self.world_size, size * (self.rank + 1) // self.world_size)
@@ -228,7 +230,8 @@ class RandomAffine:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Angle, shift right, shift down (and width, height) of each sample, (count, 3 or 5), between -1 and 1."""
-        return torch.rand(count, 5 if self.scale else 3, generator=generator, device=generator.device) * 2 - 1
+        size = count, 5 if self.scale else 3
+        return torch.rand(size, generator=generator, device=generator.device, dtype=torch.float32) * 2 - 1
 
     def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
         """Returns the changed images, float (B, C, H, W)."""
@@ -254,7 +257,7 @@ class RandomAffine:
 @functools.lru_cache(maxsize=8)
 def _pixel_centres(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """x (1, W) and y (H, 1) of the pixels' centres."""
-    x, y = ((torch.arange(size, device=device) * 2 + 1) / size - 1 for size in (width, height))
+    x, y = (torch.arange(1, 2 * size, 2, device=device).float() / size - 1 for size in (width, height))
     return x[None, :], y[:, None]
 
 
@@ -352,7 +355,7 @@ class TensorLoader:
 
 
 class SeededImageFolder(Dataset):
-    """Images in one folder per class, whose random transforms depend on (seed, epoch, sample) alone.
+    """Images in one folder per class, at any depth, whose random transforms depend on (seed, epoch, sample) alone.
 
     An item is `(transform(image), class index)`; it is asked for by its index (epoch 0) or by `(index, epoch)`. `image`
     is a PIL image in mode `mode` (by default grey or colour, as the first image is), a deeper one scaled to 8 bits
@@ -368,8 +371,7 @@ class SeededImageFolder(Dataset):
         self.samples = [
             (path, index)
             for index, folder in enumerate(folders)
-            for path in sorted(_entries(folder))
-            if path.suffix.lower() in IMAGE_ENDINGS
+            for path in _images(folder)
         ]
         if not self.samples:
             raise DataError(
@@ -404,6 +406,17 @@ class SeededImageFolder(Dataset):
             ) from None
 
 
+def _images(folder: Path) -> Iterator[Path]:
+    """The image files in `folder` and the folders in it, but for hidden ones: macOS puts a `._a.png` beside a.png."""
+    for path in sorted(_entries(folder)):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _images(path)
+        elif path.suffix.lower() in IMAGE_ENDINGS:
+            yield path
+
+
 def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
@@ -415,15 +428,24 @@ def _entries(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's CPU generator and Python's `random` draw from `seed`; afterwards they stand where they stood."""
+    """Inside, torch's CPU generator, Python's `random` and NumPy's (if loaded) draw from `seed`.
+
+    Afterwards they stand where they stood.
+    """
     torch_state, python_state = torch.get_rng_state(), random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
     torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would also reseed the accelerators
     random.seed(seed)
+    if numpy:
+        numpy.random.seed(seed % 2**32)
     try:
         yield
     finally:
         torch.set_rng_state(torch_state)
         random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
 
 
 class FolderBatches:

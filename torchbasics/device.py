@@ -101,7 +101,7 @@ def cache_cpu_memory() -> bool:
 def set_seed(seed: int = 42, deterministic: bool = False) -> None:
     """Seeds Python's, NumPy's (if loaded) and torch's global generators, on all devices.
 
-    `deterministic=True` also makes torch choose deterministic kernels, or raise where there is none.
+    `deterministic=True` also makes torch choose deterministic kernels, or raise where there is none; False ends that.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")

@@ -33,7 +33,8 @@ class SignalNote:
     def __enter__(self) -> SignalNote:
         self.signum, self._owner = 0, os.getpid()
         if self.enabled and threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+            ours = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not None]  # None: not Python's
+            self._before = {signum: signal.signal(signum, self._note) for signum in ours}
         return self
 
     def __exit__(self, *exc_info: object) -> None:

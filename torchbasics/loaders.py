@@ -64,9 +64,8 @@ def make_loaders(
     """
     if dataset == "folder":
         shake = (rotation, shift, scaling) if augment else None
-        return _folder(
-            Path(data_dir), batch_size, val_size, shake, image_size, num_workers, seed, limit_batches, device
-        )
+        limits = limit_batches, limit_evaluation
+        return _folder(Path(data_dir), batch_size, val_size, shake, image_size, num_workers, seed, limits, device)
     name, notice, (train, val, test) = _load_splits(dataset, data_dir, val_size, seed)
     _check_batch_size(batch_size, len(train))
     mean, std = NORMALISATION.get(name) or channel_statistics(train.inputs)
@@ -128,7 +127,7 @@ def _folder(
     image_size: int,
     num_workers: int,
     seed: int,
-    limit_batches: int | None,
+    limits: tuple[int | None, int | None],
     device: torch.device | str,
 ) -> Loaders:
     """train/, val/ and test/ under `root` as far as they are there; one folder of classes is split."""
@@ -137,6 +136,10 @@ def _folder(
 
     notice = ""
     first = SeededImageFolder(root / "train" if (root / "train").is_dir() else root)
+    counts = torch.bincount(first.targets, minlength=len(first.classes)).tolist()
+    empty = [name for name, count in zip(first.classes, counts, strict=True) if not count]
+    if empty:
+        raise ValueError(f"{first.root}: no images of {', '.join(empty)}; add some, or remove the folder")
     to_tensor = [
         v2.Resize((image_size, image_size)),
         v2.ToImage(),
@@ -172,15 +175,16 @@ def _folder(
         notice += "NOTICE: no test/ folder: the last figures are on the validation images."
     _check_batch_size(batch_size, number["train"])
     options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": torch.device(device).type == "cuda"}
-    val = folder_loader(folders["val"], batch_size, indices=indices.get("val"), **options)
-    test = folder_loader(folders["test"], batch_size, **options) if "test" in folders else val
+    judging = options | {"limit_batches": limits[1]}
+    val = folder_loader(folders["val"], batch_size, indices=indices.get("val"), **judging)
+    test = folder_loader(folders["test"], batch_size, **judging) if "test" in folders else val
     loader = folder_loader(
         train,
         batch_size,
         indices=indices["train"],
         shuffle=True,
         seed=seed,
-        limit_batches=limit_batches,
+        limit_batches=limits[0],
         **options,
     )
     facts = {

@@ -90,6 +90,8 @@ def _process_info() -> dict[str, int]:
         limit = int((folder / "memory.max").read_text())
         used = int((folder / "memory.current").read_text())
         info["total"] = min(info["total"], limit)
+        kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        used -= int(kept["inactive_file"])  # of files that were read; given back when asked for
         info["available"] = min(info["available"], max(limit - used, 0))
     return info
 
@@ -385,7 +387,8 @@ def _default_budget(model: nn.Module, optimizer: Optimizer | None, device: torch
     info = get_memory_info(device)
     available = info.get("available", info.get("total", 0) - info.get("reserved", 0))
     if available <= 0:
-        raise ValueError(f"the system does not tell how much memory {device} has; give a budget in bytes")
+        what = "no memory is left on" if "available" in info else "the system does not tell how much memory is on"
+        raise ValueError(f"{what} {device}; give a budget in bytes")
     held = [list(model.parameters()), list(model.buffers()), optimizer.state if optimizer is not None else ()]
     return available * 9 // 10 + _bytes(held)
 

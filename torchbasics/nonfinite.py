@@ -21,7 +21,8 @@ from torch.optim.swa_utils import AveragedModel
 def check_nan_inf(tensor: Tensor, name: str = "tensor") -> bool:
     """Whether `tensor` holds a NaN or infinite value; if so, prints one line that says how many and where the first is.
 
-    Any dtype and layout; integers hold none. One transfer from the device. TypeError for anything but a tensor.
+    Any dtype but float8, strided or sparse COO; integers hold none. One transfer from the device. TypeError for
+    anything but a tensor.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"expected a tensor to check, got {type(tensor).__name__}")

@@ -3,7 +3,8 @@
 Three kinds of loaders: those that can be told (TensorLoader, `folder_loader`: `state_dict` is {"epoch", "batch"}),
 those that know epochs only (`set_epoch`, DistributedSampler), and any others, whose order comes from random generators.
 The last two are replayed: from the random state of the epoch's start, what was done is passed over. That is exact
-unless workers outlive an epoch (`persistent_workers`) and draw random numbers of their own: use `folder_loader` then.
+where they draw from the global generators or torch generators of their own; not from a `random.Random` or NumPy
+Generator of their own, nor in workers that outlive an epoch (`persistent_workers`): use `folder_loader` then.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchbasics.device import preserved_random_state, random_state, set_random_state
+
+MANY = 100  # entries of a list that are not searched any more
 
 
 class LoaderPosition:
@@ -86,10 +90,29 @@ class LoaderPosition:
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:
-    """The torch generators that a DataLoader, its samplers and its data set hold, under any name, each once."""
-    holders = (*_parts(loader), getattr(loader, "dataset", None))
-    found = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
-    return list(dict.fromkeys(value for value in found if isinstance(value, torch.Generator)))
+    """The torch generators that `loader` holds, or its samplers, its data set, and their parts; each once.
+
+    Under any name, at any depth, but not among the many entries of a long list: those are samples.
+    """
+    found: list[torch.Generator] = []
+    seen: dict[int, Any] = {}
+    left = [loader]
+    while left:
+        part = left.pop()
+        if id(part) in seen or isinstance(part, (type, ModuleType, Tensor)):
+            continue
+        seen[id(part)] = part
+        if isinstance(part, torch.Generator):
+            found.append(part)
+            continue
+        if isinstance(part, (list, tuple)):
+            within = list(part)
+        elif isinstance(part, dict):
+            within = list(part.values())
+        else:  # of a DataLoader not what it iterates by, its workers' queues among it
+            within = [value for name, value in getattr(part, "__dict__", {}).items() if name != "_iterator"]
+        left += reversed(within if len(within) <= MANY else [])
+    return found
 
 
 @contextlib.contextmanager

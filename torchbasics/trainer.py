@@ -207,7 +207,7 @@ class Trainer:
                     print(self._epoch_line(self._first_epoch + num_epochs))
             if self.checkpoints and self._saved_at != (self.step, self.epoch, self.batch):
                 self.save()
-                self._leave_if_signalled()
+            self._leave_if_signalled()
         return self.history
 
     def train_one_epoch(self, loader: Iterable) -> tuple[float, float | None]:
@@ -577,20 +577,24 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any], where: str = "checkpoint") -> None:
         """Goes on from `state`. Raises CheckpointError if it belongs to another model, data set or set-up."""
-        here = self.metadata | self._kinds()
-        there = state.get("metadata", {}) | state.get("kinds", self._kinds())
-        for key in sorted(here.keys() | there.keys()):
-            if here.get(key) != there.get(key):
-                raise CheckpointError(
-                    f"{where}: of another run: {key} is {there.get(key)!r} there, {here.get(key)!r} here; "
-                    "resume with the same set-up"
-                )
+        kinds = self._kinds()
+        for here, there in ((self.metadata, state.get("metadata", {})), (kinds, state.get("kinds", kinds))):
+            for key in sorted(here.keys() | there.keys()):
+                if here.get(key) != there.get(key):
+                    raise CheckpointError(
+                        f"{where}: of another run: {key} is {there.get(key)!r} there, {here.get(key)!r} here; "
+                        "resume with the same set-up"
+                    )
         wrong = next((key for key, kind in SAVED.items() if not isinstance(state.get(key), kind)), None)
         if wrong is not None:
             raise CheckpointError(
                 f"{where}: {wrong!r} is missing or no {SAVED[wrong].__name__}; use another checkpoint"
             )
-        weights = {name: w for name, w in state["model_state_dict"].items() if name not in self._infinite_by_design}
+        by_design = {
+            ".".join(part for part in name.split(".") if part != "_orig_mod")  # as they are saved
+            for name in self._infinite_by_design
+        }
+        weights = {name: w for name, w in state["model_state_dict"].items() if name not in by_design}
         bad = next((k for k, w in weights.items() if w.is_floating_point() and not bool(w.isfinite().all())), None)
         if bad is not None and self.nan_policy == "stop":
             raise CheckpointError(f"{where}: {bad!r} is NaN or infinite; use another checkpoint")
@@ -605,6 +609,12 @@ class Trainer:
                 raise CheckpointError(
                     f"{where}: {key} is {'not used here' if part is None else 'missing'}; resume with the same options"
                 )
+        sizes, saved = _group_sizes(self.optimizer.state_dict()), _group_sizes(state["optimizer_state_dict"])
+        if sizes != saved:  # before anything is changed
+            raise CheckpointError(
+                f"{where}: its optimizer has groups of {saved} parameters, this one of {sizes}; "
+                "resume with the same options"
+            )
         parallel.load_full_weights(self.model, state["model_state_dict"], where)
         try:
             parallel.load_optimizer(self.model, self.optimizer, state["optimizer_state_dict"])
@@ -719,6 +729,14 @@ class Trainer:
         if signum:
             saved = self._saved_at == (self.step, self.epoch, self.batch)
             raise Interrupted(signum, self._saved_path if saved else self.save())
+
+
+def _group_sizes(optimizer: dict[str, Any]) -> list[int] | None:
+    """How many parameters each group of an optimizer's state dict has; None if it is no such thing."""
+    try:
+        return [len(group["params"]) for group in optimizer["param_groups"]]
+    except (KeyError, TypeError):
+        return None
 
 
 def _name_worker(error: Exception) -> None:
