@@ -103,7 +103,7 @@ class Values(unittest.TestCase):
 
     def test_other_types_pass_as_they_are(self) -> None:
         for inputs in (torch.randn(4, 2).double(), torch.arange(8).view(4, 2), torch.randn(4, 1, 3, 3).half()):
-            ((batch, _),) = TensorLoader(inputs, torch.arange(4), 4, mean=(9.0,), std=(9.0,))
+            ((batch, _),) = TensorLoader(inputs, torch.arange(4), 4)
             self.assertEqual(batch.dtype, inputs.dtype)
             self.assertTrue(torch.equal(batch, inputs))
 
@@ -128,6 +128,7 @@ class Values(unittest.TestCase):
             (lambda: TensorLoader(x.flatten(1), y, augment=RandomAffine()), r"\(N, C, H, W\), got shape \(10, 30\)"),
             (lambda: TensorLoader(x, y, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0)), "one a channel; got 3 and 3"),
             (lambda: TensorLoader(x, y, std=(0.0,)), "std must be positive"),
+            (lambda: TensorLoader(x.float(), y, std=(0.3,)), "are for uint8 images, got inputs of torch.float32"),
         ):
             with self.assertRaisesRegex(ValueError, words):
                 call()

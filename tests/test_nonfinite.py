@@ -301,6 +301,21 @@ class Replay(unittest.TestCase):
         self.assertEqual(random.getstate(), python)
         self.assertEqual((hooks(model), model.training), (0, True))
 
+    def test_what_the_criterion_learns_is_as_before_too(self) -> None:
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(()))
+
+            def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+                return ((outputs * self.scale - targets) ** 2).mean()
+
+        criterion = Scaled()
+        for before in (None, torch.tensor(3.0)):
+            criterion.scale.grad = before
+            self.assertIsNone(find_nonfinite(nn.Linear(4, 8), criterion, torch.ones(8, 4), torch.zeros(8, 8)))
+            self.assertIs(criterion.scale.grad, before)
+
     def test_also_after_an_exception(self) -> None:
         model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(7, 7))
         with self.assertRaises(RuntimeError):

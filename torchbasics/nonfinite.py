@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -227,7 +227,8 @@ def find_nonfinite(
     """
     bare = _bare(model)
     first = next(_tensors((inputs, list(bare.parameters()))), torch.empty(0))
-    with _unchanged(bare, first.device), trace_nonfinite(bare) as trace:
+    modules = [bare, criterion] if isinstance(criterion, nn.Module) else [bare]
+    with _unchanged(modules, first.device), trace_nonfinite(bare) as trace:
         with _autocast(first.device.type, precision):
             outputs = bare(inputs)
         if trace.culprit is None:
@@ -249,10 +250,10 @@ def _autocast(device_type: str, precision: str) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _unchanged(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """With gradients, not compiled; gradients, buffers and random states are put back at the end."""
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    grads = [(parameter, parameter.grad) for module in modules for parameter in module.parameters()]
+    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     drawn = random.getstate()
     indices, kind = ([], "cuda") if device.type == "cpu" else ([device.index or 0], device.type)
     try:
