@@ -128,7 +128,7 @@ class Values(unittest.TestCase):
             (lambda: TensorLoader(x.flatten(1), y, augment=RandomAffine()), r"\(N, C, H, W\), got shape \(10, 30\)"),
             (lambda: TensorLoader(x, y, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0)), "one a channel; got 3 and 3"),
             (lambda: TensorLoader(x, y, std=(0.0,)), "std must be positive"),
-            (lambda: TensorLoader(x.float(), y, std=(0.3,)), "are for uint8 images, got inputs of torch.float32"),
+            (lambda: TensorLoader(x.float(), y, std=(0.3,)), "are for uint8 images, got torch.float32"),
         ):
             with self.assertRaisesRegex(ValueError, words):
                 call()

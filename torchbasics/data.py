@@ -303,7 +303,7 @@ class TensorLoader:
         if min(std) <= 0:
             raise ValueError(f"std must be positive, got {tuple(std)}")
         if inputs.dtype != torch.uint8 and (any(mean) or set(std) != {1.0}):
-            raise ValueError(f"mean and std are for uint8 images, got inputs of {inputs.dtype}; normalise them yourself")
+            raise ValueError(f"mean and std are for uint8 images, got {inputs.dtype}; normalise those yourself")
         self.device = torch.device(device)
         self.inputs, self.targets, self.augment = inputs.to(self.device), targets.to(self.device), augment
         self.batches = BatchOrder(
