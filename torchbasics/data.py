@@ -373,7 +373,7 @@ class SeededImageFolder(Dataset):
         self.samples = [
             (path, index)
             for index, folder in enumerate(folders)
-            for path in _images(folder)
+            for path in _images(folder, [self.root.resolve()])
         ]
         if not self.samples:
             raise DataError(
@@ -408,15 +408,17 @@ class SeededImageFolder(Dataset):
             ) from None
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    """The image files in `folder` and the folders in it, but for hidden ones: macOS puts a `._a.png` beside a.png."""
-    for path in sorted(_entries(folder)):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _images(path)
-        elif path.suffix.lower() in IMAGE_ENDINGS:
+def _images(folder: Path, above: list[Path]) -> Iterator[Path]:
+    """The image files in `folder` and the folders in it, but for hidden ones: macOS puts a `._a.png` beside a.png.
+
+    A link to one of the folders `above` would lead round for ever, and is left out.
+    """
+    here = folder.resolve()
+    for path in sorted(_entries(folder)) if here not in above else ():
+        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith("."):
             yield path
+        elif path.is_dir() and not path.name.startswith("."):
+            yield from _images(path, [*above, here])
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -105,9 +105,9 @@ def own_generators(loader: Any) -> list[torch.Generator]:
         if isinstance(part, torch.Generator):
             found.append(part)
             continue
-        if isinstance(part, (list, tuple)):
+        if type(part) in (list, tuple):  # to iterate a class of somebody's own may do anything
             within = list(part)
-        elif isinstance(part, dict):
+        elif type(part) is dict:
             within = list(part.values())
         else:  # of a DataLoader not what it iterates by, its workers' queues among it
             within = [value for name, value in getattr(part, "__dict__", {}).items() if name != "_iterator"]
