@@ -236,7 +236,6 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
     processes = name_processes(device, threads)
     report = None
     if run is not None:
-        data = data._replace(notice=run.info.get("notice") or data.notice)  # resumed: the data set that was chosen then
         report = Report(args, data, run, began)
         report.begin(trainer, start, tb.__version__, processes)
     communication = Communication(report, exchange)
@@ -256,7 +255,7 @@ def train(args: argparse.Namespace, argv: list[str] | None, device: torch.device
         here = distributed.local_world_size()
         alone = "--standalone " * (here == distributed.world_size())
         launcher = f"torchrun {alone}--nproc-per-node={here} {shlex.quote(sys.argv[0])}"
-        print_result(result, report.run, data.notice, launcher)
+        print_result(result, report.run, report.data.notice, launcher)
     distributed.barrier()
     return 0
 

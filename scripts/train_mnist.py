@@ -189,7 +189,6 @@ def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextl
     trainer = build_trainer(args, data, device, output / "checkpoints")
     if run is None:  # an earlier run is replaced only now, when the new one can start
         run = stack.enter_context(tb.RunDirectory(output, overwrite=args.overwrite))
-    data = data._replace(notice=run.info.get("notice") or data.notice)  # resumed: the data set that was chosen then
     start = trainer.resume() if args.resume else None
     report = Report(args, data, run, began)
     if args.tensorboard:
@@ -204,7 +203,7 @@ def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextl
     result, logits, targets = judge(trainer, data, run.checkpoints / "best.pt", args.tta)
     result |= report.summary(trainer)
     run.write_info(result=result)
-    print_result(result, run, data.notice, launcher(), kept=not args.dry_run)
+    print_result(result, run, report.data.notice, launcher(), kept=not args.dry_run)
     try:
         draw_mistakes(logits, targets, data, run.path / "mistakes.png")
     except (ImportError, OSError) as error:  # a picture must not cost a result

@@ -25,7 +25,7 @@ from torchbasics.checkpoint import CheckpointError, load_checkpoint
 from torchbasics.data import RandomAffine, SeededImageFolder, TensorLoader, folder_loader
 from torchbasics.early_stopping import EarlyStopping
 from torchbasics.optim import averaged_copy, make_schedule
-from torchbasics.position import LoaderPosition
+from torchbasics.position import LoaderPosition, own_generators
 from torchbasics.trainer import Interrupted, Trainer
 
 EPOCHS = 3
@@ -324,6 +324,15 @@ class Loaders(ResumeCase):
             trainer.fit(train, val if validated else None, 3, verbose=False)
             weights.append(list(trainer.model.parameters()))
         self.assertTrue(all(map(torch.equal, *weights)))
+
+    def test_generators_among_many_attributes_but_not_among_samples(self) -> None:
+        class Iterated(list):
+            def __iter__(self) -> Iterator:
+                raise AssertionError("a loader is for the training to iterate")
+
+        loader, (own, sample) = Iterated([1]), (torch.Generator() for _ in range(2))
+        vars(loader).update({f"attribute{i}": i for i in range(300)}, rng=own, samples=[sample] * 300)
+        self.assertEqual(own_generators(loader), [own])
 
     def test_a_batch_sampler_is_told_the_epoch(self) -> None:
         """Through the sampler inside it, which else gives the same order in each."""

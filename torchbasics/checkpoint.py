@@ -382,9 +382,14 @@ def bare_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return _without(("_orig_mod",), bare_model(model).state_dict())
 
 
+def bare_name(name: str, wrappers: tuple[str, ...] = ("_orig_mod",)) -> str:
+    """A parameter's or buffer's `name` in the plain model."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
 def _without(wrappers: tuple[str, ...], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state` with the wrappers' parts taken out of its names, wherever they stand; as it is if two would collide."""
-    bare = {".".join(part for part in name.split(".") if part not in wrappers): state[name] for name in state}
+    bare = {bare_name(name, wrappers): state[name] for name in state}
     return bare if len(bare) == len(state) else dict(state)
 
 

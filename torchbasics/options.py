@@ -215,7 +215,7 @@ def preset_help() -> str:
 
 
 def parse_with_preset(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
-    """`parser.parse_args(argv)`, with the defaults of the preset that `argv` names."""
+    """`parser.parse_args(argv)`, with the defaults of the preset that `argv` names; ends the program if they clash."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     preset = first.parse_known_args(argv)[0].preset

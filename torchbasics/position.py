@@ -105,13 +105,11 @@ def own_generators(loader: Any) -> list[torch.Generator]:
         if isinstance(part, torch.Generator):
             found.append(part)
             continue
-        if type(part) in (list, tuple):  # to iterate a class of somebody's own may do anything
-            within = list(part)
-        elif type(part) is dict:
-            within = list(part.values())
+        if type(part) in (list, tuple, dict):  # to iterate a class of somebody's own may do anything
+            within = list(part.values() if type(part) is dict else part) if len(part) <= MANY else []
         else:  # of a DataLoader not what it iterates by, its workers' queues among it
             within = [value for name, value in getattr(part, "__dict__", {}).items() if name != "_iterator"]
-        left += reversed(within if len(within) <= MANY else [])
+        left += reversed(within)
     return found
 
 

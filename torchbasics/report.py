@@ -33,6 +33,8 @@ class Report:
     """The table, a line per epoch; on a terminal a progress line below it; metrics.jsonl and run.json beside it."""
 
     def __init__(self, args: argparse.Namespace, data: Loaders, run: RunDirectory, began: float) -> None:
+        # resumed: the notice is that of the data set which was chosen then, and is named now
+        data = data._replace(notice=run.info.get("notice") or data.notice)
         self.args, self.data, self.run, self.began = args, data, run, began
         self.samples = data.facts["samples"][0]
         self.session: dict[str, Any] = {

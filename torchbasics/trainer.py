@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 from torch.optim.swa_utils import AveragedModel
 
 from torchbasics import distributed, parallel
-from torchbasics.checkpoint import FORMAT, CheckpointError, CheckpointFolder, bare_model
+from torchbasics.checkpoint import FORMAT, CheckpointError, CheckpointFolder, bare_model, bare_name
 from torchbasics.cuda_graph import GRAPH_MODES, StepGraph, graph_refusal
 from torchbasics.device import branched_random_state, pick_precision, random_state, set_random_state
 from torchbasics.evaluation import (
@@ -590,10 +590,7 @@ class Trainer:
             raise CheckpointError(
                 f"{where}: {wrong!r} is missing or no {SAVED[wrong].__name__}; use another checkpoint"
             )
-        by_design = {
-            ".".join(part for part in name.split(".") if part != "_orig_mod")  # as they are saved
-            for name in self._infinite_by_design
-        }
+        by_design = {bare_name(name) for name in self._infinite_by_design}  # as they are saved
         weights = {name: w for name, w in state["model_state_dict"].items() if name not in by_design}
         bad = next((k for k, w in weights.items() if w.is_floating_point() and not bool(w.isfinite().all())), None)
         if bad is not None and self.nan_policy == "stop":
@@ -609,7 +606,7 @@ class Trainer:
                 raise CheckpointError(
                     f"{where}: {key} is {'not used here' if part is None else 'missing'}; resume with the same options"
                 )
-        sizes, saved = _group_sizes(self.optimizer.state_dict()), _group_sizes(state["optimizer_state_dict"])
+        sizes, saved = _group_sizes(vars(self.optimizer)), _group_sizes(state["optimizer_state_dict"])
         if sizes != saved:  # before anything is changed
             raise CheckpointError(
                 f"{where}: its optimizer has groups of {saved} parameters, this one of {sizes}; "
@@ -732,7 +729,7 @@ class Trainer:
 
 
 def _group_sizes(optimizer: dict[str, Any]) -> list[int] | None:
-    """How many parameters each group of an optimizer's state dict has; None if it is no such thing."""
+    """How many parameters each of an optimizer's `param_groups` has; None if there are no such things."""
     try:
         return [len(group["params"]) for group in optimizer["param_groups"]]
     except (KeyError, TypeError):
