@@ -75,6 +75,16 @@ class InOneProcess(unittest.TestCase):
             pass
         self.assertEqual({call.args[0] for call in taken.call_args_list}, {signal.SIGTERM})
 
+    def test_what_is_ignored_stays_ignored(self) -> None:
+        """As SIGINT is in a background job of a script, whose Ctrl-C is not meant for it."""
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
+        with SignalNote() as note:
+            os.kill(os.getpid(), signal.SIGINT)
+            self.assertEqual((note.signum, signal.getsignal(signal.SIGINT)), (0, signal.SIG_IGN))
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.assertEqual(note.signum, signal.SIGTERM)
+        self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
+
     def test_no_handlers_where_none_are_allowed_or_wanted(self) -> None:
         before = signal.getsignal(signal.SIGTERM)
         with SignalNote(enabled=False):

@@ -22,6 +22,7 @@ class Interrupted(Exception):
 class SignalNote:
     """As a context: the first SIGINT or SIGTERM is only noted in `signum`; a second one ends the process at once.
 
+    One that the process ignores stays ignored, as SIGINT is in a script's background job: Ctrl-C is then for others.
     Outside the main thread, where Python allows no handlers, and with `enabled=False` it does nothing.
     """
 
@@ -33,7 +34,8 @@ class SignalNote:
     def __enter__(self) -> SignalNote:
         self.signum, self._owner = 0, os.getpid()
         if self.enabled and threading.current_thread() is threading.main_thread():
-            ours = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not None]  # None: not Python's
+            others = (None, signal.SIG_IGN)  # None: not Python's, and could not be put back
+            ours = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in others]
             self._before = {signum: signal.signal(signum, self._note) for signum in ours}
         return self
 
