@@ -246,6 +246,8 @@ class RoundTrip(TempCase):
             ({"x": {np.str_("k"): 1}}, "checkpoint['x']: a key must"),
             ({"x": nn.Linear(1, 1)}, "checkpoint['x'] is a Linear"),
             ({"x": torch.ones(2).as_subclass(TensorOfOurs)}, "checkpoint['x'] is a TensorOfOurs"),
+            ({"x": torch.ones(2, device="meta")}, "checkpoint['x'] is a tensor that is"),
+            ({"x": torch.ones(2).to_sparse()}, "checkpoint['x'] is a tensor that is"),
         ):
             with self.assertRaises(TypeError) as caught:
                 save_checkpoint(state(2, **bad), self.path)
@@ -266,6 +268,9 @@ class RoundTrip(TempCase):
         self.assertEqual(
             load_checkpoint(self.path, map_location="meta")["model_state_dict"]["weight"].device.type, "meta"
         )
+        for absent in ("cuda:77", torch.device("cuda:77"), "nowhere"):  # the machine's fault, not the file's
+            with self.assertRaisesRegex(ValueError, f"map_location='{absent}': .*; use 'cpu'"):
+                load_checkpoint(self.path, map_location=absent)
 
 
 class TensorOfOurs(torch.Tensor):

@@ -206,9 +206,15 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> N
 def load_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:
     """Loads what `save_checkpoint` wrote, after its size and SHA-256 were found right, and with `weights_only=True`.
 
-    Raises FileNotFoundError if there is none, CheckpointError if it is damaged, unrecorded or not a checkpoint.
+    Raises FileNotFoundError if there is none, CheckpointError if it is damaged, unrecorded or not a checkpoint, and
+    ValueError for a device that this machine has not.
     """
     path = Path(path)
+    if isinstance(map_location, (str, torch.device)):
+        try:
+            torch.empty(0, device=map_location)
+        except Exception as error:  # of many kinds; torch's loading would say that the file is at fault
+            raise ValueError(f"map_location={str(map_location)!r}: {_first_line(error)}; use 'cpu'") from error
     if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
@@ -304,8 +310,10 @@ def _check_plain(value: Any, where: str) -> None:
             f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only: "
             "convert it, e.g. by float(…) or dict(…)"
         )
-    elif isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized or vars(value)):
-        raise TypeError(f"{where} is a tensor that is sparse, quantized or has attributes; save a plain one")
+    elif isinstance(value, torch.Tensor) and (
+        value.layout != torch.strided or value.is_quantized or value.is_meta or vars(value)
+    ):
+        raise TypeError(f"{where} is a tensor that is sparse, quantized, on `meta` or has attributes; save a plain one")
 
 
 SCHEMA: dict[str, type | tuple[type, ...]] = {
