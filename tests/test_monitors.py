@@ -191,6 +191,12 @@ class Numbers(Case):
             self.assert_close(record["norm"], 102_400, name)  # more than half precision can hold
             self.assertEqual((record["has_inf"], record["update_ratio"]), (False, 1.0), name)
 
+    def test_a_complex_gradient_is_its_real_and_imaginary_parts(self) -> None:
+        parts = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+        record = given(torch.view_as_complex(parts), torch.ones(40, dtype=torch.complex64))[1].check_gradients()["w"]
+        self.assert_close(record["mean"], float(parts.mean()))
+        self.assert_close(record["std"], float(parts.std()))
+
     def test_tiny_gradients_are_not_zero(self) -> None:
         record = given(torch.full((4, 4), 1e-30))[1].check_gradients()["w"]  # its square is zero in float32
         self.assertNotEqual(record["verdict"], "zero so far")
@@ -387,6 +393,16 @@ class Verdicts(Case):
                 torch.manual_seed(0)
                 monitor = self.train(SimpleNet(), make(1000), self.data[:12], know_optimizer=know_optimizer)
                 self.assertIn("too high", monitor.verdict, f"{name} {know_optimizer}")
+
+    def test_one_step_is_too_high_above_ten_times_the_limit_only(self) -> None:
+        for ratio, verdict in ((1.9, "ok"), (2.1, "too high")):  # the limit is 0.2, for the median of three or more
+            model, _ = given(torch.ones(4, 4))
+            optimizer = torch.optim.SGD(model.parameters(), lr=ratio)
+            monitor = GradientMonitor(model, optimizer)
+            optimizer.step()
+            record = monitor.check_gradients()["w"]
+            self.assert_close(record["update_ratio"], ratio)
+            self.assertEqual(record["verdict"], verdict)
 
     def test_a_dead_relu_net(self) -> None:
         torch.manual_seed(0)

@@ -233,7 +233,7 @@ class GradientMonitor:
             grad, weight = _local(parameter.grad), _local(parameter.detach())
             group = found.setdefault(weight.device, _Group())
             group.names.append(name)
-            group.sizes.append(weight.numel())
+            group.sizes.append(weight.numel() * (2 if weight.is_complex() else 1))
             group.weights.append(weight)
             group.values.append(_values(grad))
             if id(parameter) in layers and not grad.is_sparse:
@@ -314,7 +314,7 @@ class _Group:
     """The parameters of one device that have a gradient."""
 
     names: list[str] = dataclasses.field(default_factory=list)
-    sizes: list[int] = dataclasses.field(default_factory=list)  # elements of the parameter
+    sizes: list[int] = dataclasses.field(default_factory=list)  # real numbers in the parameter
     counts: list[int] = dataclasses.field(default_factory=list)  # elements stored: fewer in a sparse gradient
     weights: list[Tensor] = dataclasses.field(default_factory=list)
     values: list[Tensor] = dataclasses.field(default_factory=list)
