@@ -857,6 +857,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what --help printed: `main` answers for an output that takes no more
+        super().exit(status, message)
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
@@ -882,8 +887,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal must not stop the report
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         return run_child(args.child, args.compile) if args.child else report(args)
     except OSError as error:  # the output takes no more; the interpreter must not flush into it at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

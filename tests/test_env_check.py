@@ -194,13 +194,15 @@ class Forms(unittest.TestCase):
 
     def test_closed_stdout_leaves_no_traceback(self) -> None:
         with folder({"torch/__init__.py": NO_TORCH}, python_path=True):
-            command, pipe = [sys.executable, str(SCRIPT), "--quick"], subprocess.PIPE
-            child = subprocess.Popen(command, stdout=pipe, stderr=pipe)
-            assert child.stdout is not None
-            child.stdout.close()
-            child.stdout = None
-            _, err = child.communicate(timeout=60)
-        self.assertEqual((child.returncode, err), (141, b""))
+            buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # else argparse itself hides that its help was not read
+            for option in ("--quick", "--help"):
+                command, pipe = [sys.executable, str(SCRIPT), option], subprocess.PIPE
+                child = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=buffered)
+                assert child.stdout is not None
+                child.stdout.close()
+                child.stdout = None
+                _, err = child.communicate(timeout=60)
+                self.assertEqual((child.returncode, err), (141, b""), option)
 
     @unittest.skipUnless(Path("/proc/self/stat").is_file(), "needs /proc")
     def test_interrupted_leaves_no_child_and_no_traceback(self) -> None:
