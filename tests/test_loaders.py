@@ -164,6 +164,12 @@ class Folders(LoadersCase):
         data = make_loaders("folder", self.folder, 4, image_size=16)
         self.assertEqual((data.facts["samples"], data.notice), ((10, 12, 14), ""))
 
+    def test_the_mode_of_the_training_images_is_that_of_all(self) -> None:
+        for part, mode in (("train", "L"), ("val", "RGB"), ("test", "RGB")):
+            write_images(self.folder / part, 12, mode=mode)
+        data = make_loaders("folder", self.folder, 4, image_size=16)
+        self.assertEqual([next(iter(loader))[0].shape[1] for loader in data[:3]], [1, 1, 1])
+
     def test_what_does_not_fit(self) -> None:
         write_images(self.folder / "train", 10)
         write_images(self.folder / "val", 12, classes=3)

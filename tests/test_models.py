@@ -190,6 +190,9 @@ class Forward(unittest.TestCase):
 
         ShiftedViews(look)(x)  # type: ignore[arg-type]
         self.assertEqual(seen[::3], [[1, 1], [1, 2], [2, 2]])
+        x, seen = torch.arange(56.0)[:, None].expand(1, 1, 56, 56), []  # one of 56 pixels by two, a 28th of it
+        ShiftedViews(look)(x)  # type: ignore[arg-type]
+        self.assertEqual([rows[:3] for rows in seen[::3]], [[0, 0, 0], [0, 1, 2], [2, 3, 4]])
 
     def test_mnist_net_drops_whole_channels(self) -> None:
         model = MNISTNet(dropout=0.5)

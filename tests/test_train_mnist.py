@@ -66,7 +66,7 @@ def write_fashion(folder: Path, counts: dict[str, int] | None = None) -> Path:
     return raw
 
 
-def write_images(folder: Path, count: int = 40, classes: int = 2, seed: int = 0) -> None:
+def write_images(folder: Path, count: int = 40, classes: int = 2, seed: int = 0, mode: str = "L") -> None:
     from PIL import Image  # comes with torchvision
 
     inputs, _ = few_digits(60_000, seed)
@@ -75,7 +75,7 @@ def write_images(folder: Path, count: int = 40, classes: int = 2, seed: int = 0)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.frombytes(
             "L", (28, 28), bytes(inputs[(i % classes + 10 * (i // classes)) % len(inputs)].flatten().tolist())
-        ).save(path)
+        ).convert(mode).save(path)
 
 
 class Done(NamedTuple):
