@@ -208,8 +208,6 @@ class Forms(unittest.TestCase):
     def test_interrupted_leaves_no_child_and_no_traceback(self) -> None:
         hanging = "import os, pathlib, time\npath = pathlib.Path(__file__).with_name('pid.part')\n" \
                   "path.write_text(str(os.getpid()))\npath.rename(path.with_name('pid'))\ntime.sleep(60)\n"  # fmt: skip
-        # a shell's background jobs ignore SIGINT, and so would the child: a handler here gives it the default
-        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
         for number, wanted in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             with self.subTest(number=number), folder({"torch/__init__.py": hanging}, python_path=True) as root:
                 command, pid = [sys.executable, str(SCRIPT), "--json"], Path(root, "torch", "pid")
