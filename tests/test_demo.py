@@ -388,9 +388,8 @@ class Isolation(unittest.TestCase):
 
 
 LONG = """
-import signal, sys, time
+import sys, time
 from torchbasics.demo import Sections, show
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 section = Sections()
 
 @section("print.much")
