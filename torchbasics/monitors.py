@@ -360,7 +360,7 @@ def _rows(values: list[Tensor], weights: list[Tensor]) -> Tensor:
     `torch.var_mean` would take twenty times as long on a CPU.
     """
     wide = torch.float32 if values[0].device.type == "mps" else torch.float64
-    sums = [value.nansum() for value in values]
+    sums = [value.nansum(dtype=wide) for value in values]  # infinite only if a value is, even where others are NaN
     ranges = [torch.aminmax(value) for value in values]
     columns = [
         sums,
@@ -414,7 +414,7 @@ def _record(row: list[float], size: int, count: int) -> GradientRecord:
         "min": low,
         "norm": norm,
         "has_nan": has_nan,
-        "has_inf": not math.isfinite(total) if has_nan else math.isinf(low) or math.isinf(high),
+        "has_inf": not math.isfinite(total),
         "weight_norm": weight_norm,
         "grad_weight_ratio": norm / weight_norm if weight_norm else None,
         "update_ratio": None if math.isnan(change) or not weight_norm else change / weight_norm,
