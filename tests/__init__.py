@@ -1,4 +1,4 @@
-"""The suite: `python -m unittest` in the root of the checkout."""
+"""The test suite: run `python -m unittest` in the root of the checkout."""
 
 import os
 import signal
@@ -6,5 +6,5 @@ import signal
 # A shell's background job ignores SIGINT, and so would every process that the tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# To compile torch's headers in advance takes longer than the few kernels of the tests.
+# Precompiling torch's headers takes longer than compiling the few kernels of the tests.
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")

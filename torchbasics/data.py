@@ -1,44 +1,39 @@
-"""Data sets as tensors on the training device, batches cut from them, and the same guarantees for folders of images.
+"""Data sets as tensors in memory and batches cut from them; images, splits, padding and transforms.
 
-Which samples form a batch and how each is augmented are functions of (seed, epoch, position): the same whoever asks, in
-whatever order, on one process or many, before or after a resume.
+Which samples form a batch, and how each is augmented, are functions of (seed, epoch, position): the same on one process
+or many, before or after a resume, whatever else draws random numbers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import math
-import multiprocessing
 import os
-import random
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate, random_split
+from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
-from torchbasics import digits, distributed
-from torchbasics.images import FORMATS, eight_bit, open_regular
-from torchbasics.mnist import CLASSES, DataError, download_mnist, import_torchvision, missing_files, read_mnist
+from . import digits, distributed, mnist
+from .mnist import DataError
 
-NORMALISATION = {"mnist": ((0.1307,), (0.3081,))}  # of the 60,000 training images; the others' are computed when loaded
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
 
-
-# ------------------------------------------------------------------------------------------------- data sets as tensors
+NORMALISATION = {"mnist": ((0.1307,), (0.3081,))}  # mean and std of the training images; others' are computed
+# What PIL may decode: not all that it can, since some of its formats start another program (EPS: Ghostscript).
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images: `inputs` uint8 (N, C, H, W), `targets` int64 (N,), the classes' names."""
+    """Labelled images: `inputs` uint8 (N, C, H, W), `targets` int64 (N,), and the names of the classes."""
 
     inputs: Tensor
     targets: Tensor
@@ -48,40 +43,71 @@ class Images:
         return len(self.targets)
 
     def subset(self, indices: Tensor | slice) -> Images:
-        """The images at `indices`, in that order."""
+        """Return the images at `indices`, in that order."""
         return Images(self.inputs[indices], self.targets[indices], self.classes)
 
 
-def load_images(name: str, data_dir: str | os.PathLike = "./data", train: bool = True, download: bool = True) -> Images:
-    """Loads `mnist`, `fashion-mnist` or `kmnist` (downloaded if absent), or draws `digits`; all are (N, 1, 28, 28).
+class Splits(NamedTuple):
+    """The three parts of a data set, its name, and a notice to print if it is not the one that was wanted (else "")."""
 
-    60,000 images for training, 10,000 others for the test. Raises FileNotFoundError if the files are absent and not
-    wanted from the network, ConnectionError if they cannot be had, DataError if one is damaged.
+    train: Images
+    val: Images
+    test: Images
+    name: str
+    notice: str
+
+
+def load_images(name: str, data_dir: str | os.PathLike = "./data", train: bool = True, download: bool = True) -> Images:
+    """Load `mnist`, `fashion-mnist` or `kmnist` (downloaded if absent), or draw `digits`: (N, 1, 28, 28).
+
+    There are 60,000 images for training and 10,000 others for the test. Raises FileNotFoundError if they are absent and
+    `download` is False, ConnectionError if they cannot be downloaded, DataError if a file is damaged.
     """
     if name == "digits":
         inputs, targets = digits.draw_digits(60_000 if train else 10_000, seed=0 if train else 1)
-        return Images(inputs, targets, CLASSES["mnist"])
-    if download and missing_files(name, data_dir, train):
-        download_mnist(name, data_dir)
-    inputs, targets = read_mnist(name, data_dir, train)
-    return Images(inputs, targets, CLASSES[name])
+        return Images(inputs, targets, mnist.CLASSES["mnist"])
+    return Images(*mnist.read_mnist(name, data_dir, train, download), mnist.CLASSES[name])
 
 
 def load_splits(
-    name: str, data_dir: str | os.PathLike = "./data", val_size: int = 5000, seed: int = 42
-) -> tuple[Images, Images, Images]:
-    """Training, validation and test images; the `val_size` validation images are a random part of the training ones."""
-    full, test = (load_images(name, data_dir, train) for train in (True, False))
+    name: str = "auto", data_dir: str | os.PathLike = "./data", val_size: int = 5000, seed: int = 42
+) -> Splits:
+    """Load training, validation and test images; `val_size` random training images are held out for validation.
+
+    `auto` is MNIST, or drawn digits if no file of it is there or can be downloaded; the notice then says so. With
+    several processes, let one decide and give its `Splits.name` to the others. Raises what `load_images` raises.
+    """
+    name, notice = _choose(name, data_dir)
+    full = load_images(name, data_dir)
     if not 1 <= val_size < len(full):
         raise ValueError(f"val_size must lie between 1 and {len(full) - 1} for {name}, got {val_size}")
     shuffled = torch.randperm(len(full), generator=torch.Generator().manual_seed(seed))
-    return full.subset(shuffled[val_size:]), full.subset(shuffled[:val_size]), test
+    train, val = full.subset(shuffled[val_size:]), full.subset(shuffled[:val_size])
+    return Splits(train, val, load_images(name, data_dir, train=False), name, notice)
+
+
+def _choose(name: str, data_dir: str | os.PathLike, download: bool = True) -> tuple[str, str]:
+    """Return the name of the data set that `name` stands for, and a notice if drawn digits replace MNIST."""
+    if name != "auto":
+        return name, ""
+    try:
+        if not mnist.is_present("mnist", data_dir):  # incomplete or damaged files are an error for `load_images`
+            if not download:
+                raise FileNotFoundError("a download is not allowed")
+            mnist.download_mnist("mnist", data_dir)
+    except OSError as error:  # no network, or no place for the files
+        return "digits", (
+            f"NOTICE: no MNIST in {data_dir} ({error}). Using digits drawn by torchbasics instead: "
+            "accuracies are on drawn digits, not on MNIST."
+        )
+    return "mnist", ""
 
 
 def channel_statistics(inputs: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images (N, C, H, W), on the scale 0 to 1.
+    """Return mean and standard deviation of each channel of uint8 images (N, C, H, W), on the scale 0 to 1.
 
-    Exact, from a histogram: no float copy of the data set is made.
+    They are exact, from a histogram: no float copy of the data set is made. A channel of one colour gets deviation 1,
+    so that one can divide by it.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
@@ -103,171 +129,95 @@ def load_mnist(
     seed: int = 42,
     download: bool = True,
 ) -> tuple[TensorLoader, TensorLoader]:
-    """Returns loaders of the training images (shuffled) and of the test images, normalised: (train, test)."""
+    """Return loaders of the normalised training images (shuffled) and test images: (train, test).
+
+    `name` is one that `load_images` knows, or `auto`, as in `load_splits`; its notice is printed. `augment` applies
+    `RandomAffine()` to the training images.
+    """
+    name, notice = _choose(name, data_dir, download)
+    if notice:
+        print(notice)
     train, test = (load_images(name, data_dir, part, download) for part in (True, False))
     mean, std = NORMALISATION.get(name) or channel_statistics(train.inputs)
-    options: dict[str, Any] = {"device": device, "mean": mean, "std": std}
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "mean": mean, "std": std}
+    affine = RandomAffine() if augment else None
     return (
-        TensorLoader(
-            train.inputs,
-            train.targets,
-            batch_size,
-            shuffle=True,
-            seed=seed,
-            augment=RandomAffine() if augment else None,
-            **options,
-        ),
-        TensorLoader(test.inputs, test.targets, batch_size, **options),
+        TensorLoader(train.inputs, train.targets, shuffle=True, seed=seed, augment=affine, **options),
+        TensorLoader(test.inputs, test.targets, **options),
     )
 
 
-# ---------------------------------------------------------------------------------------------------- order and batches
-
-
-def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, such as (seed, epoch, step); near ones give unrelated seeds."""
-    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-class BatchOrder:
-    """Which of `count` samples form which batch: a function of (seed, epoch).
-
-    `batch_size` is that of all processes together; each takes its part of every batch, without padding (the last parts
-    may be empty). Iterating yields (number of the batch, indices of all its samples, slice of this process's part),
-    starts at the position given to `load_state_dict`, and moves on to the next epoch at its end.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        seed: int = 0,
-        drop_last: bool = False,
-        limit_batches: int | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ) -> None:
-        if count < 1:
-            raise ValueError("the data set is empty")
-        if batch_size < 1 or (limit_batches is not None and limit_batches < 1):
-            raise ValueError(f"batch_size and limit_batches must be at least 1, got {batch_size} and {limit_batches}")
-        if drop_last and batch_size > count:
-            raise ValueError(
-                f"a batch of {batch_size} is larger than the data set of {count} samples; choose a smaller batch_size"
-            )
-        self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
-        self.rank = distributed.rank() if rank is None else rank
-        self.world_size = distributed.world_size() if world_size is None else world_size
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank must be between 0 and world_size - 1, got {self.rank} of {self.world_size}")
-        batches = count // batch_size if drop_last else -(-count // batch_size)
-        self.batches = min(batches, limit_batches or batches)
-        self.epoch = self._position = self._start = 0
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[tuple[int, Tensor, slice]]:
-        order, epoch = self.order(), self.epoch
-        self._position, self._start = self._start, 0
-        for number in range(self._position, self.batches):
-            samples = order[number * self.batch_size : (number + 1) * self.batch_size]
-            self.epoch, self._position = epoch, number + 1  # whatever another iteration has done meanwhile
-            yield number, samples, self._part(len(samples))
-        self.set_epoch(epoch + 1)
-
-    def order(self) -> Tensor:
-        """The samples' indices in the order of this epoch, int64 (count,)."""
-        if not self.shuffle:
-            return torch.arange(self.count, device="cpu")
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        return torch.randperm(self.count, generator=generator, device="cpu")
-
-    def _part(self, size: int) -> slice:
-        return slice(size * self.rank // self.world_size, size * (self.rank + 1) // self.world_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of `epoch`."""
-        self.epoch, self._position, self._start = epoch, 0, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """The position: the epoch, and how many of its batches were given out."""
-        return {"epoch": self.epoch, "batch": self._position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next iteration starts at `state`, without touching the data before it."""
-        if not 0 <= state["batch"] <= self.batches:
-            raise ValueError(
-                f"position {state['batch']} lies beyond the {self.batches} batches of an epoch; is it another data set?"
-            )
-        self.set_epoch(state["epoch"])
-        self._position = self._start = state["batch"]
-
-
 class Augmentation(Protocol):
-    """Random changes of a batch, in two parts, so that a batch split among processes is changed as a whole one."""
+    """Random changes of a batch, in two steps, so that each process can change its part as one process would."""
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random numbers for `count` samples, (count, …), on the generator's device."""
+        """Return random numbers for `count` samples, (count, ...), on the generator's device."""
 
     def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
-        """`inputs` float (B, …), of images from 0 to 255, changed as `draws` (B, …) say."""
+        """Return `inputs` (B, ...) changed as `draws` (B, ...) say. Images are float32 from 0 to 255."""
 
 
 class RandomAffine:
-    """Rotates each image by up to ±`degrees`, shifts it by up to ±`shift` of its size, and resizes it.
+    """Rotate each image by up to ±`degrees`, shift it by up to ±`shift` of its size, and resize it.
 
-    Width and height change each by up to ±`scale`, a share below 1. Bilinear, black outside.
+    Width and height change independently by up to ±`scale`, a share below 1. Bilinear, black outside.
     """
 
     def __init__(self, degrees: float = 10.0, shift: float = 0.1, scale: float = 0.0) -> None:
         if not 0 <= scale < 1:
             raise ValueError(f"scale must be at least 0 and below 1, got {scale}")
-        self.radians, self.shift, self.scale = math.radians(degrees), shift, scale
+        self.radians = math.radians(degrees)
+        self.shift = shift
+        self.scale = scale
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Angle, shift right, shift down (and width, height) of each sample, (count, 3 or 5), between -1 and 1."""
-        size = count, 5 if self.scale else 3
+        """Return angle, shift right, shift down (and width, height) of each sample, (count, 3 or 5), from -1 to 1."""
+        size = (count, 5 if self.scale else 3)
         return torch.rand(size, generator=generator, device=generator.device, dtype=torch.float32) * 2 - 1
 
     def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
-        """Returns the changed images, float (B, C, H, W)."""
-        if not len(inputs):  # a process's part of a small batch may be empty; affine_grid refuses that
-            return inputs
+        """Return the changed images, float (B, C, H, W)."""
         height, width = inputs.shape[-2:]
-        cos, sin = torch.cos(draws[:, 0] * self.radians), torch.sin(draws[:, 0] * self.radians)
-        # the map from output to input, in coordinates where the image reaches from -1 to 1
-        shift = draws[:, 1:3] * (2 * self.shift)
+        cos, sin = torch.cos(draws[:, 0] * self.radians), torch.sin(draws[:, 0] * self.radians)  # (B,)
+        # For each pixel of the output, where it comes from. Coordinates run from -1 to 1 across the image.
+        shift = draws[:, 1:3] * (2 * self.shift)  # (B, 2)
         across = torch.stack([cos, sin * (width / height)], dim=1)[:, :, None, None]  # (B, 2, 1, 1)
         down = torch.stack([-sin * (height / width), cos], dim=1)[:, :, None, None]
         if self.scale:
             size = (1 + self.scale * draws[:, 3:5])[:, :, None, None]  # of the part that the output shows
             across, down = across * size, down * size
-        x, y = _pixel_centres(height, width, inputs.device)
-        # F.affine_grid makes the same grid, but takes three times as long as grid_sample
+        x = _pixel_centres(width, inputs.device)  # (W,)
+        y = _pixel_centres(height, inputs.device)[:, None]  # (H, 1)
+        # F.affine_grid makes the same grid, but takes three times as long as grid_sample.
         grid = torch.addcmul(torch.addcmul(shift[:, :, None, None], down, y), across, x)  # (B, 2, H, W)
-        return F.grid_sample(
-            inputs, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="zeros", align_corners=False
-        )
+        return F.grid_sample(inputs, grid.permute(0, 2, 3, 1), padding_mode="zeros", align_corners=False)
 
 
-@functools.lru_cache(maxsize=8)
-def _pixel_centres(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """x (1, W) and y (H, 1) of the pixels' centres."""
-    x, y = (torch.arange(1, 2 * size, 2, device=device).float() / size - 1 for size in (width, height))
-    return x[None, :], y[:, None]
+def _pixel_centres(size: int, device: torch.device) -> Tensor:
+    return torch.arange(1, 2 * size, 2, device=device).float() / size - 1
+
+
+def mix_seed(*numbers: int) -> int:
+    """Return one 63-bit seed for several numbers, such as (seed, epoch, batch); near ones give unrelated seeds."""
+    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 class TensorLoader:
-    """Batches of a data set that lies in memory, on the training device, as two tensors.
+    """Cut batches `(inputs, targets)` from a data set that fits into memory, as two tensors of the same length.
 
-    Yields `(inputs, targets)`. uint8 inputs are taken as images: made float32 from 0 to 255, augmented, brought to the
-    scale 0 to 1 and normalised by `mean` and `std` (one number a channel); others pass as they are. A whole batch is
-    cut by one indexing operation: no worker, no collating, no copy from the host. `rank` and `world_size` default to
-    those of the process.
+    The inputs lie on `device`, so that a batch is one indexing operation, without workers and copies. The targets stay
+    on the host, where they can be counted without waiting for the device. uint8 inputs are images: they become float32
+    from 0 to 255, are augmented, scaled to 0 to 1 and normalised by `mean` and `std` (one number, or one per channel).
+    Other inputs pass as they are.
+
+    `batch_size` is that of all processes together: each gets its equal part, so the batches do not depend on how many
+    there are. Without `drop_last` the last batch may be smaller; it is divided as equally as possible, and a process
+    whose part is empty gets no batch for it (an evaluation can do so, a training cannot). `rank` and `world_size` are
+    those of the process by default. With `world_size=1` every process reads the whole data set.
+
+    After a whole iteration the next one is the next epoch, with `shuffle` in another order. `limit_batches` shortens
+    epochs.
 
     >>> loader = TensorLoader(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10), batch_size=4)
     >>> [tuple(inputs.shape) for inputs, targets in loader]
@@ -293,231 +243,128 @@ class TensorLoader:
     ) -> None:
         if len(inputs) != len(targets):
             raise ValueError(f"{len(inputs)} inputs for {len(targets)} targets; expected as many")
-        if augment is not None and inputs.dim() != 4:
-            raise ValueError(f"augmentation needs images (N, C, H, W), got shape {tuple(inputs.shape)}")
-        if len(mean) != len(std) or len(mean) not in {1, *inputs.shape[1:2]}:
-            raise ValueError(
-                f"mean and std need one number, or one a channel; got {len(mean)} and {len(std)} "
-                f"for inputs {tuple(inputs.shape)}"
-            )
-        if min(std) <= 0:
-            raise ValueError(f"std must be positive, got {tuple(std)}")
         if inputs.dtype != torch.uint8 and (any(mean) or set(std) != {1.0}):
             raise ValueError(f"mean and std are for uint8 images, got {inputs.dtype}; normalise those yourself")
+        self.world_size = distributed.world_size() if world_size is None else world_size
+        if rank is None:
+            rank = distributed.rank() if self.world_size > 1 else 0
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank must be between 0 and world_size - 1, got {rank} of {self.world_size}")
+        if batch_size < 1 or batch_size % self.world_size:
+            raise ValueError(f"batch_size must be a multiple of the {self.world_size} processes, got {batch_size}")
+        self.num_batches = len(inputs) // batch_size if drop_last else -(-len(inputs) // batch_size)
+        if limit_batches is not None:
+            self.num_batches = min(self.num_batches, limit_batches)
+        if self.num_batches < 1:
+            raise ValueError(f"{len(inputs)} samples, batch_size {batch_size}, limit_batches {limit_batches}: no batch")
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.shuffle = shuffle
+        self.seed = seed
+        self.augment = augment
+        self.rank = rank
         self.device = torch.device(device)
-        self.inputs, self.targets, self.augment = inputs.to(self.device), targets.to(self.device), augment
-        self.batches = BatchOrder(
-            len(inputs),
-            batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            drop_last=drop_last,
-            limit_batches=limit_batches,
-            rank=rank,
-            world_size=world_size,
-        )
-        shape = (-1, *[1] * (inputs.dim() - 2))
+        self.inputs = inputs.to(self.device)
+        self.targets = targets.cpu()
+        self.dataset = TensorDataset(self.inputs, self.targets)
+        shape = (-1, *[1] * (inputs.dim() - 2))  # (C, 1, 1)
         self._shift = torch.tensor(mean, dtype=torch.float32, device=self.device).mul(255).view(shape)
         self._scale = torch.tensor(std, dtype=torch.float32, device=self.device).mul(255).reciprocal().view(shape)
+        self.epoch = 0
+        self._given = 0  # batches of this epoch that were given out
+        self._start = 0  # the batch with which the next iteration starts
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes of this job divide every batch among themselves."""
+        return self.world_size == distributed.world_size()
 
     def __len__(self) -> int:
-        return len(self.batches)
+        """Return how many batches of an epoch this process gets."""
+        last = self._part(len(self.targets) - (self.num_batches - 1) * self.batch_size)
+        return self.num_batches - (last.start == last.stop)
+
+    def _part(self, size: int) -> slice:
+        """Return which of the `size` samples of a batch belong to this process."""
+        return slice(size * self.rank // self.world_size, size * (self.rank + 1) // self.world_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for number, samples, part in self.batches:
-            own = samples[part].to(self.device, non_blocking=True)
-            yield self._inputs(number, own, len(samples), part), self.targets.index_select(0, own)
+        epoch, order = self.epoch, self._order()
+        self._given, self._start = self._start, 0
+        for number in range(self._given, self.num_batches):
+            samples = order[number * self.batch_size : (number + 1) * self.batch_size]  # of all processes
+            self._given = number + 1
+            part = self._part(len(samples))
+            own = samples[part]
+            if len(own):
+                inputs = self.inputs.index_select(0, own.to(self.device, non_blocking=True))  # (B, C, H, W)
+                if inputs.dtype == torch.uint8:
+                    inputs = inputs.float()
+                if self.augment is not None:
+                    generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, epoch, number))
+                    inputs = self.augment(inputs, self.augment.draw(len(samples), generator)[part])
+                if self.inputs.dtype == torch.uint8:
+                    inputs = inputs.sub_(self._shift).mul_(self._scale)
+                yield inputs, self.targets.index_select(0, own)
+        self.set_epoch(epoch + 1)
 
-    def _inputs(self, number: int, own: Tensor, count: int, part: slice) -> Tensor:
-        """Of batch `number` of `count` samples the inputs of this process, which are the `part` at indices `own`."""
-        inputs = self.inputs.index_select(0, own)  # (B, C, H, W)
-        if inputs.dtype == torch.uint8:
-            inputs = inputs.float()
-        if self.augment is not None:
-            generator = torch.Generator(self.device).manual_seed(
-                mix_seed(self.batches.seed, self.batches.epoch, number)
-            )
-            inputs = self.augment(inputs, self.augment.draw(count, generator)[part])
-        return inputs.sub_(self._shift).mul_(self._scale) if self.inputs.dtype == torch.uint8 else inputs
+    def _order(self) -> Tensor:
+        """Return the indices of the samples in the order of this epoch, int64 (N,), on the host."""
+        if not self.shuffle:
+            return torch.arange(len(self.targets), device="cpu")
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        return torch.randperm(len(self.targets), generator=generator, device="cpu")
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of `epoch`; by itself every full iteration is followed by the next epoch."""
-        self.batches.set_epoch(epoch)
+        """Go to the start of `epoch`."""
+        self.epoch = epoch
+        self._given = self._start = 0
 
     def state_dict(self) -> dict[str, int]:
-        """The position: the epoch, and how many of its batches were given out."""
-        return self.batches.state_dict()
+        """Return the position: the epoch, and how many of its batches were given out."""
+        return {"epoch": self.epoch, "batch": self._given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next iteration starts at `state`, without touching the data before it."""
-        self.batches.load_state_dict(state)
+        """Start the next iteration at the position `state`, without touching the data before it."""
+        if not 0 <= state["batch"] <= self.num_batches:
+            raise ValueError(f"position {state['batch']} lies beyond the {self.num_batches} batches of an epoch")
+        self.set_epoch(state["epoch"])
+        self._given = self._start = state["batch"]
 
 
-# ---------------------------------------------------------------------------------------------------- folders of images
+def read_image(path: str | os.PathLike, mode: str | None = None, max_pixels: int = 80_000_000) -> Image.Image:
+    """Return the image in the file at `path` as a PIL image with 8 bits per channel, turned upright as its EXIF says.
 
-
-class SeededImageFolder(Dataset):
-    """Images in one folder per class, at any depth, whose random transforms depend on (seed, epoch, sample) alone.
-
-    An item is `(transform(image), class index)`; it is asked for by its index (epoch 0) or by `(index, epoch)`. `image`
-    is a PIL image in mode `mode` (by default grey or colour, as the first image is), a deeper one scaled to 8 bits
-    (`images.eight_bit`). Raises DataError if there is nothing to read, or, naming it, for an unreadable image.
+    `mode` is "L" (grey), "RGB", or None for its own. Raises DataError, which names the file, if this is not a regular
+    file that holds a whole image in one of FORMATS with at most `max_pixels` pixels.
     """
+    from PIL import Image, ImageOps
 
-    def __init__(
-        self, root: str | os.PathLike, transform: Callable | None = None, *, seed: int = 0, mode: str | None = None
-    ) -> None:
-        self.root, self.transform, self.seed = Path(root), transform, seed
-        folders = sorted(path for path in _entries(self.root) if path.is_dir() and not path.name.startswith("."))
-        self.classes = tuple(path.name for path in folders)
-        self.samples = [
-            (path, index)
-            for index, folder in enumerate(folders)
-            for path in _images(folder, [self.root.resolve()])
-        ]
-        if not self.samples:
-            raise DataError(
-                f"{self.root}: no images; expected one folder per class with {', '.join(IMAGE_ENDINGS[:3])} … in it"
-            )
-        self.targets = torch.tensor([label for _, label in self.samples])
-        self.mode = mode or ("L" if self._open(0).mode in ("1", "L", "LA") else "RGB")
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, int]:
-        index, epoch = key if isinstance(key, tuple) else (key, 0)
-        index = range(len(self))[index]  # an int whatever kind it was, and -1 is the same sample as the last
-        image = self._open(index).convert(self.mode)
-        if self.transform is not None:
-            with seeded(mix_seed(self.seed, epoch, index)):
-                image = self.transform(image)
-        return image, self.samples[index][1]
-
-    def _open(self, index: int) -> Any:
-        from PIL import Image
-
-        path = self.samples[index][0]
-        try:
-            with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
-                image.load()
-                return eight_bit(image)
-        except Exception as error:  # PIL raises nearly anything on a broken file
-            raise DataError(
-                f"{path}: not a readable image ({str(error) or type(error).__name__}); repair or remove it"
-            ) from None
-
-
-def _images(folder: Path, above: list[Path]) -> Iterator[Path]:
-    """The image files in `folder` and the folders in it, but for hidden ones: macOS puts a `._a.png` beside a.png.
-
-    A link to one of the folders `above` would lead round for ever, and is left out.
-    """
-    here = folder.resolve()
-    for path in sorted(_entries(folder)) if here not in above else ():
-        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith("."):
-            yield path
-        elif path.is_dir() and not path.name.startswith("."):
-            yield from _images(path, [*above, here])
-
-
-def _entries(folder: Path) -> list[Path]:
     try:
-        return list(folder.iterdir())
-    except OSError as error:
-        raise DataError(
-            f"{folder}: cannot be read as a folder ({error.strerror}); give a folder with one folder per class"
-        ) from None
+        if not Path(path).is_file():  # a pipe would wait for ever
+            raise ValueError("no such file" if not Path(path).exists() else "not a regular file")
+        with Image.open(path, formats=FORMATS) as image:  # reads the header only
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width}×{image.height} pixels, at most {max_pixels:,} are allowed")
+            upright = _to_eight_bits(ImageOps.exif_transpose(image))
+    except Exception as error:  # PIL raises nearly anything on a broken file
+        raise DataError(f"{path}: not a readable image ({str(error) or type(error).__name__})") from error
+    return upright.convert(mode) if mode else upright
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's CPU generator, Python's `random` and NumPy's (if loaded) draw from `seed`.
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image of 16 or 32 bits with 8. PIL itself would clip at 255: white paper and grey ink alike.
 
-    Afterwards they stand where they stood.
+    White is 1, 255, 4095 (12 bits) or 65535: the least of these that no value exceeds, else the highest value.
     """
-    torch_state, python_state = torch.get_rng_state(), random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would also reseed the accelerators
-    random.seed(seed)
-    if numpy:
-        numpy.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
+    if image.mode[0] not in "IF":  # I;16, I;16B, I, F
+        return image
+    import numpy as np
+    from PIL import Image
 
-
-class FolderBatches:
-    """A `batch_sampler` for DataLoader: the keys `(index, epoch)` of this process's part of every batch."""
-
-    def __init__(self, indices: Sequence[int], batches: BatchOrder) -> None:
-        self.indices, self.batches = list(indices), batches
-        self.set_epoch, self.state_dict, self.load_state_dict = (
-            batches.set_epoch,
-            batches.state_dict,
-            batches.load_state_dict,
-        )
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for _, samples, part in self.batches:
-            yield [(self.indices[i], self.batches.epoch) for i in samples[part].tolist()]
-
-
-def folder_loader(
-    folder: SeededImageFolder,
-    batch_size: int = 64,
-    *,
-    indices: Sequence[int] | None = None,
-    shuffle: bool = False,
-    seed: int = 0,
-    limit_batches: int | None = None,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> DataLoader:
-    """A DataLoader over `folder` (or those of its samples at `indices`) that a Trainer can resume exactly."""
-    indices = range(len(folder)) if indices is None else indices
-    order = BatchOrder(len(indices), batch_size, shuffle=shuffle, seed=seed, limit_batches=limit_batches)
-    return DataLoader(
-        folder,
-        batch_sampler=FolderBatches(indices, order),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=_end_with_parent,
-        collate_fn=functools.partial(_collate_part, folder),
-    )
-
-
-def _end_with_parent(worker: int) -> None:
-    """In a worker: a thread that ends it with the process it works for, however that ends.
-
-    torch itself looks every five seconds, not while an image is read, never at one that ended before its first look.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
-
-
-def _end_after(parent: Any) -> None:
-    while parent.is_alive() and os.getppid() == parent.pid:  # the first alone waits for later workers too
-        parent.join(1)
-    os._exit(1)
-
-
-def _collate_part(folder: SeededImageFolder, samples: list) -> Any:
-    """default_collate; for a process whose part of a batch is empty, tensors of no samples."""
-    return default_collate(samples) if samples else [part[:0] for part in default_collate([folder[0]])]
-
-
-# ----------------------------------------------------------------------------- splits, collating, transforms, a Dataset
+    values = np.nan_to_num(np.asarray(image.convert("F")), nan=0, posinf=0, neginf=0)  # float32 (H, W)
+    white = next((white for white in (1, 255, 4095, 65535) if values.max() <= white), values.max())
+    return Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
 
 
 def split_dataset(
@@ -526,18 +373,18 @@ def split_dataset(
     seed: int = 42,
     labels: Sequence[int] | Tensor | None = None,
 ) -> list[Subset]:
-    """Splits `dataset` into disjoint parts by torch's random_split; with `labels`, each class alike (stratified).
+    """Split `dataset` at random into disjoint parts; with `labels`, the classes of its samples, each class alike.
 
-    The parts' sizes are their `fractions` of the whole, to less than one sample; in each class, to a sample or two.
+    The sizes of the parts are their `fractions` of the whole to less than one sample, of each class to less than two.
     """
     if min(fractions, default=0) <= 0 or not math.isclose(sum(fractions), 1):
         raise ValueError(f"fractions must be positive and add up to 1, got {tuple(fractions)}")
+    generator = torch.Generator().manual_seed(seed)
     if labels is None:
-        return random_split(dataset, fractions, generator=torch.Generator().manual_seed(seed))
+        return random_split(dataset, fractions, generator=generator)
     labels = torch.as_tensor(labels)
     if len(labels) != len(dataset):  # type: ignore[arg-type]
         raise ValueError(f"{len(labels)} labels for {len(dataset)} samples; expected as many")  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
     by_class = [(labels == label).nonzero().flatten() for label in labels.unique()]
     shuffled = torch.cat([members[torch.randperm(len(members), generator=generator)] for members in by_class])
     parts: list[list[int]] = [[] for _ in fractions]
@@ -548,49 +395,71 @@ def split_dataset(
     return [Subset(dataset, sorted(part)) for part in parts]
 
 
-def pad_collate(samples: Sequence[tuple[Tensor, Any]], padding_value: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Collates sequences of different length: `(sequence (T, …), target)` each.
+def pad_collate(
+    samples: Sequence[tuple[Tensor, Any]], padding_value: float = 0.0
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Collate pairs of a sequence (T, ...) and a target: ((padded (B, longest T, ...), lengths int64 (B,)), targets).
 
-    Returns the sequences padded at their end, (B, max T, …), their lengths int64 (B,), and the targets (B, …).
+    The tutorials return three values; this is a pair (inputs, targets), which a Trainer takes.
     """
     sequences, targets = zip(*samples, strict=True)
     padded = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=padding_value)
-    return (
-        padded,
-        torch.tensor([len(sequence) for sequence in sequences]),
-        torch.as_tensor(targets) if not isinstance(targets[0], Tensor) else torch.stack(targets),
-    )
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return (padded, lengths), torch.stack([torch.as_tensor(target) for target in targets])
 
 
-def get_transforms(train: bool, size: int = 224) -> Callable:
-    """torchvision's usual pipeline for colour photographs: PIL image or uint8 tensor in, float32 (3, size, size) out.
+def get_transforms(train: bool = True, size: int = 224) -> Callable:
+    """Return the usual steps for colour photographs: PIL image or uint8 tensor in, float32 (3, size, size) out.
 
     Training: random crop and scale, flip, colour jitter. Evaluation: the middle, after scaling to 256/224 of `size`.
-    Normalised with ImageNet's mean and standard deviation.
+    Both are normalised with the mean and standard deviation of ImageNet.
     """
-    import_torchvision()
+    mnist.import_torchvision()
     from torchvision.transforms import v2
 
     steps: list[Callable] = [v2.ToImage()]
     if train:
-        steps += [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)]
+        steps += [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2, 0.1)]
     else:
-        steps += [v2.Resize(size * 256 // 224, antialias=True), v2.CenterCrop(size)]
+        steps += [v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     return v2.Compose(steps)
 
 
 class CustomDataset(Dataset):
-    """The map-style data set of the tutorials: `data[i]`, through `transform` if given, with `labels[i]`."""
+    """Give `(data[i], labels[i])`, the sample through `transform` if there is one.
 
-    def __init__(self, data: Sequence | Tensor, labels: Sequence | Tensor, transform: Callable | None = None) -> None:
+    What is a NumPy array or number (after `transform`) becomes a tensor: float64 as float32, integer labels as int64.
+    """
+
+    def __init__(
+        self,
+        data: Sequence | Tensor | np.ndarray,
+        labels: Sequence | Tensor | np.ndarray,
+        transform: Callable | None = None,
+    ) -> None:
         if len(data) != len(labels):
             raise ValueError(f"{len(data)} samples for {len(labels)} labels; expected as many")
-        self.data, self.labels, self.transform = data, labels, transform
+        self.data = data
+        self.labels = labels
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        sample = self.data[index]
-        return (self.transform(sample) if self.transform is not None else sample), self.labels[index]
+        sample = self.data[index] if self.transform is None else self.transform(self.data[index])
+        label = self.labels[index]
+        return _from_numpy(sample), _from_numpy(label, integers_to_int64=True)
+
+
+def _from_numpy(value: Any, integers_to_int64: bool = False) -> Any:
+    """Return a tensor for a NumPy array or number, float32 for float64, and any other value as it is."""
+    import numpy as np
+
+    if not isinstance(value, (np.ndarray, np.number, np.bool_)):
+        return value
+    tensor = torch.tensor(value)
+    if tensor.dtype == torch.float64:
+        return tensor.float()
+    return tensor.long() if integers_to_int64 and not tensor.is_floating_point() else tensor

@@ -1,34 +1,265 @@
-"""Handwritten digits drawn by the program: a data set that needs no download.
+"""Handwritten digits drawn by a program: a data set that needs no download.
 
-`draw_digits` writes digits the way a hand does. It takes a skeleton (the path of the pen, written down below as a few
-points a stroke), moves every point a little, bends, slants and stretches the whole, follows it with a pen of varying
-width, and then does what was done to make MNIST (LeCun, Cortes, Burges; http://yann.lecun.com/exdb/mnist): fit the ink
-into a box of 20x20 pixels with its aspect ratio kept, and put its centre of mass at the centre of 28x28 pixels.
-No image of a real digit is used.
+`draw_digits` writes digits the way a hand does. It takes a skeleton (the path of the pen, a few points per stroke, at
+the end of this file), moves every point a little, bends, slants and stretches the whole, and follows it with a pen of
+varying width. Then it does what was done to make MNIST (LeCun, Cortes, Burges; http://yann.lecun.com/exdb/mnist): it
+fits the ink into a box of 20x20 pixels, keeping its aspect ratio, and moves its centre of mass to the centre of 28x28
+pixels. No image of a real digit is used. This file imports only torch and can be copied alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from functools import lru_cache
+import re
+from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["draw_digits"]
+SIDE = 28  # width and height of an image, in pixels
+BOX = 20  # width and height of the box that the ink fills, in pixels
+CHUNK = 500  # images drawn from one random generator
+POSITIONS = 96  # pen positions along a digit
 
-SIDE = 28  # pixels, of an image
-BOX = 20  # pixels, of the box that the ink fills
-CHUNK = 500  # images drawn from one generator
-PART = 50  # images rendered at a time: few enough that the distances stay in the processor's cache
-POINTS = 96  # pen positions along one digit
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-# Skeletons, written down by hand: `digit: [(share, [shape, ...]), ...]`. A shape is "x,y x,y ... / x,y ..."; x runs
-# right and y down, 100 is the height of a digit; "/" lifts the pen; "!" marks a corner. All shapes in one list have the
-# same points in the same order, so that anything between two of them is a digit too.
+def draw_digits(count: int, seed: int = 0, *, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Draw `count` handwritten digits in the format of MNIST.
+
+    The result depends on the arguments alone: global random state is neither read nor changed, and `draw_digits(1000,
+    s)` is the beginning of `draw_digits(5000, s)`.
+
+    Args:
+        count: number of images, at least 1.
+        seed: any integer; another seed gives other images.
+        labels: the digits to draw, integers 0..9 of shape (count,). By default every ten images in a row are the ten
+            digits in a random order.
+
+    Returns:
+        images, uint8 (count, 1, 28, 28), white ink (255) on black (0), and labels, int64 (count,), both on the CPU.
+
+    Raises:
+        ValueError: for a count below 1, a seed that is no integer, or labels of another type, shape or range.
+
+    >>> images, labels = draw_digits(20, seed=1)
+    >>> images.shape, images.dtype, labels.bincount().tolist()
+    (torch.Size([20, 1, 28, 28]), torch.uint8, [2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    if labels is not None:
+        if labels.shape != (count,) or labels.is_floating_point():
+            found = f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise ValueError(f"labels must be integers of shape ({count},), got {found}")
+        if labels.min() < 0 or labels.max() > 9:
+            raise ValueError(f"labels must lie in 0..9, got {labels.min()}..{labels.max()}")
+    images, drawn = [], []
+    with torch.device("cpu"):  # whatever the default device is
+        for start in range(0, count, CHUNK):
+            size = min(CHUNK, count - start)
+            noise = _Noise(seed, start // CHUNK)
+            keys = torch.rand(CHUNK // 10, 10, generator=noise.generator, dtype=torch.float64)
+            digits = keys.argsort(-1).view(-1)  # (CHUNK,): the ten digits in one random order after another
+            if labels is not None:
+                digits[:size] = labels[start : start + size]
+            images.append(_draw(digits, noise, size))
+            drawn.append(digits[:size])
+    return torch.cat(images), torch.cat(drawn)
+
+
+class _Noise:
+    """Random numbers for the images of one chunk, always all CHUNK of them, so that fewer images are a prefix."""
+
+    def __init__(self, seed: int, chunk: int) -> None:
+        digest = hashlib.sha256(f"torchbasics digits {seed:d} {chunk}".encode()).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(CHUNK, *shape, generator=self.generator, dtype=torch.float32)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(CHUNK, *shape, generator=self.generator, dtype=torch.float32)
+
+
+def _draw(labels: Tensor, noise: _Noise, count: int) -> Tensor:
+    """Return the first `count` images of a chunk with these labels (CHUNK,): uint8 (count, 1, SIDE, SIDE)."""
+    path = _bend(_path(labels, noise), labels, noise)  # (CHUNK, POSITIONS, 2)
+    path, radius = _fit(path, _pen(labels, noise))
+    softness = 0.9 + 0.4 * noise.uniform()
+    # Render 50 images at a time: the distances stay in the processor's cache, which saves a third of the whole.
+    parts = zip(path[:count].split(50), radius[:count].split(50), softness[:count].split(50), strict=True)
+    ink = torch.cat([_ink(*part) for part in parts])  # (count, BOX, BOX)
+    return _centre((ink * 255).round().to(torch.uint8))
+
+
+def _path(labels: Tensor, noise: _Noise) -> Tensor:
+    """Return pen positions (B, POSITIONS, 2) of the digits `labels` (B,), in units of the height."""
+    table = _skeletons()
+    share = table.share[labels].cumsum(-1)
+    family = (share < noise.uniform(1) * share[:, -1:]).sum(-1).clamp(max=share.shape[1] - 1)  # (B,)
+    one, two = ((noise.uniform() * table.members[family]).long() for _ in range(2))
+    mix = noise.uniform(1, 1) * 1.3 - 0.15  # a little beyond both
+    points = torch.lerp(table.shapes[family, one], table.shapes[family, two], mix)  # (B, K, 2)
+    care = (noise.normal(1, 1) * 0.45).exp()  # some people write with more care than others
+    points = points + noise.normal(*points.shape[1:]) * care * 0.028
+    inner = points.gather(1, table.inner[family].unsqueeze(-1).expand_as(points))
+    points = points + (points - inner) * noise.normal(points.shape[1], 1) * 0.18  # strokes end too soon or too late
+    blend = noise.uniform(3, 1, 1) ** 3 * torch.tensor([0.7, 1.0, 0.7], dtype=torch.float32).view(3, 1, 1)
+    blend = blend / blend.sum(1, keepdim=True)
+    curve = (table.curves[family] * blend).sum(1)  # (B, POSITIONS, K)
+    return (curve.unsqueeze(-1) * points.unsqueeze(1)).sum(2)
+
+
+def _bend(path: Tensor, labels: Tensor, noise: _Noise) -> Tensor:
+    """Deform, stretch, slant and turn a path (B, POSITIONS, 2)."""
+    x, y = path.unbind(-1)
+    grow, lean = noise.normal(2, 1).unbind(1)
+    x, y = x * (1 + 0.30 * grow * y), y + 0.20 * lean * (y * y - 0.25)
+    for _ in range(2):  # smooth waves
+        wave = noise.normal(2, 2, 1) * 4.0
+        shift = noise.uniform(2, 1) * 2 * math.pi
+        size = noise.normal(2, 1) * 0.028
+        x, y = (
+            x + size[:, 0] * (wave[:, 0, 0] * x + wave[:, 0, 1] * y + shift[:, 0]).sin(),
+            y + size[:, 1] * (wave[:, 1, 0] * x + wave[:, 1, 1] * y + shift[:, 1]).sin(),
+        )
+    slant, spread, width = STYLE[:3, labels].unsqueeze(-1)  # (B, 1) each
+    x = x * width * (noise.normal(1) * 0.23).exp()
+    x = x - (slant + noise.normal(1) * spread) * y
+    angle = noise.normal(1) * 0.08
+    return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], dim=-1)
+
+
+def _pen(labels: Tensor, noise: _Noise) -> Tensor:
+    """Return the radius of the pen (B, POSITIONS) in pixels, 0 where the ink fails."""
+    radius = STYLE[3, labels].unsqueeze(-1) * (noise.normal(1) * 0.25).exp()
+    along = torch.linspace(0, 1, POSITIONS, dtype=torch.float32) * (0.5 + 2 * noise.uniform(1)) + noise.uniform(1)
+    wave = noise.normal(1) * (2 * math.pi * along).sin()
+    radius = radius * (1 + 0.12 * wave) * (1 + 0.05 * noise.normal(POSITIONS))  # the hand's pressure, the paper's grain
+    start = noise.uniform(1) * POSITIONS
+    length = (noise.uniform(1) < 0.04) * (1 + noise.uniform(1) * 5)
+    position = torch.arange(POSITIONS)
+    return radius.clamp(0.45, 3.6).masked_fill((position >= start) & (position < start + length), 0.0)
+
+
+def _fit(path: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale a path so that the longer side of its ink fills the box; return it and the radius, in pixels of the box."""
+    path = path * ((BOX - 2 * radius.mean(-1)) / (path.amax(1) - path.amin(1)).amax(-1))[:, None, None]
+    low = (path - radius.unsqueeze(-1)).amin(1)  # (B, 2)
+    high = (path + radius.unsqueeze(-1)).amax(1)
+    scale = BOX / (high - low).amax(-1)
+    path = (path - ((low + high) / 2).unsqueeze(1)) * scale[:, None, None] + BOX / 2
+    return path, radius * scale.unsqueeze(-1)
+
+
+def _ink(path: Tensor, radius: Tensor, softness: Tensor) -> Tensor:
+    """Return ink (B, BOX, BOX) in [0, 1]: what a disc of `radius` covers as it follows the path."""
+    pixel = torch.arange(BOX, dtype=torch.float32) + 0.5
+    across = (pixel[:, None] - path[:, None, :, 0]).square()  # (B, BOX, POSITIONS)
+    down = (pixel[:, None] - path[:, None, :, 1]).square() - radius.square().unsqueeze(1)
+    down = down.masked_fill(radius.unsqueeze(1) == 0, math.inf)
+    power = (across.unsqueeze(1) + down.unsqueeze(2)).amin(-1)  # squared distance minus squared radius, (B, BOX, BOX)
+    mean = radius.mean(-1)[:, None, None]
+    outside = (power + mean.square()).clamp(min=0).sqrt() - mean  # pixels from the edge of the ink
+    return (0.5 - outside / softness[:, None, None]).clamp(0, 1)
+
+
+def _centre(boxes: Tensor) -> Tensor:
+    """Put boxes of ink (B, BOX, BOX) into images (B, 1, SIDE, SIDE), the centre of mass at pixel 14 as in MNIST."""
+    ink = boxes.long()
+    place = torch.arange(BOX)
+    mass = ink.sum((1, 2)).clamp(min=1)
+    row = (ink.sum(2) * place).sum(1).double() / mass  # (B,) the centre of mass, counted from the box's corner
+    column = (ink.sum(1) * place).sum(1).double() / mass
+    tops = (SIDE // 2 - row).round().long().clamp(0, SIDE - BOX)
+    lefts = (SIDE // 2 - column).round().long().clamp(0, SIDE - BOX)
+    images = torch.zeros(len(boxes), 1, SIDE, SIDE, dtype=torch.uint8)
+    for image, box, top, left in zip(images, boxes, tops.tolist(), lefts.tolist(), strict=True):
+        image[0, top : top + BOX, left : left + BOX] = box
+    return images
+
+
+class _Skeletons(NamedTuple):
+    """SKELETONS as tensors: F families of at most M shapes of at most K points."""
+
+    share: Tensor  # (10, F) how often a digit is drawn with a family
+    members: Tensor  # (F,) number of shapes
+    shapes: Tensor  # (F, M, K, 2)
+    curves: Tensor  # (F, 3, POSITIONS, K) weights of the points at the pen positions, for each of three curves
+    inner: Tensor  # (F, K) the neighbour of a point that ends a stroke; any other point itself
+
+
+@cache
+def _skeletons() -> _Skeletons:
+    families = [(digit, share, shapes) for digit, group in SKELETONS.items() for share, shapes in group]
+    count, most_shapes, most_points = len(families), 6, 14  # of SKELETONS below
+    share = torch.zeros(10, count, dtype=torch.float32)
+    members = torch.tensor([len(shapes) for _, _, shapes in families])
+    shapes = torch.zeros(count, most_shapes, most_points, 2, dtype=torch.float32)
+    curves = torch.zeros(count, 3, POSITIONS, most_points, dtype=torch.float32)
+    inner = torch.arange(most_points).repeat(count, 1)
+    for f, (digit, family_share, texts) in enumerate(families):
+        share[digit, f] = family_share
+        numbers = [[float(n) for n in re.findall(r"-?\d+", text)] for text in texts]
+        points = torch.tensor(numbers, dtype=torch.float32).view(len(texts), -1, 2) / 100  # (M, K, 2)
+        points = points - torch.tensor([0.35, 0.5], dtype=torch.float32)  # about the middle
+        shapes[f, : points.shape[0], : points.shape[1]] = points
+        strokes = [stroke.split() for stroke in texts[0].split("/")]
+        parts = points.mean(0).split([len(stroke) for stroke in strokes])  # the mean shape of each stroke
+        # A stroke gets a part of the pen positions in proportion to its length.
+        ends = torch.stack([part.diff(dim=0).norm(dim=-1).double().sum() for part in parts]).cumsum(0)
+        rows = [0, *(POSITIONS * ends / ends[-1]).round().int().tolist()]
+        first = 0
+        for stroke, part, (top, bottom) in zip(strokes, parts, pairwise(rows), strict=True):
+            last = first + len(stroke) - 1
+            corners = torch.tensor(["!" in word for word in stroke])
+            curves[f, :, top:bottom, first : last + 1] = _curves(part, corners, bottom - top)
+            inner[f, first], inner[f, last] = first + 1, last - 1
+            first = last + 1
+    return _Skeletons(share, members, shapes, curves, inner)
+
+
+def _curves(points: Tensor, corners: Tensor, rows: int) -> Tensor:
+    """Return the weights (3, rows, K) of a stroke's points (K, 2) at `rows` pen positions, equally far apart.
+
+    The three curves are a polyline and two splines (Catmull and Rom, 1974), of which the first keeps the `corners`,
+    bool (K,), and the second is smooth everywhere.
+    """
+    knots = torch.cat([torch.zeros(1), points.diff(dim=0).norm(dim=-1)]).double().cumsum(0)  # distance of each point
+    distance = torch.arange(rows) * knots[-1] / (rows - 1)  # of each pen position
+    segment = (torch.searchsorted(knots, distance) - 1).clamp(0, len(points) - 2)  # (rows,)
+    t = ((distance - knots[segment]) / (knots[segment + 1] - knots[segment])).clamp(max=1)  # place within the segment
+    t2, t3 = t * t, t * t * t
+    spline = torch.stack([(-t + 2 * t2 - t3) / 2, (2 - 5 * t2 + 3 * t3) / 2, (t + 4 * t2 - 3 * t3) / 2, (t3 - t2) / 2])
+    line = torch.stack([torch.zeros_like(t), 1 - t, t, torch.zeros_like(t)])  # (4, rows)
+    smooth = (segment + torch.arange(-1, 3)[:, None]).clamp(0, len(points) - 1)  # (4, rows) points with these weights
+    cornered = smooth.clone()  # a corner hides the points behind it
+    cornered[0] = torch.where(corners[segment], segment, smooth[0])
+    cornered[3] = torch.where(corners[segment + 1], segment + 1, smooth[3])
+    weights = torch.zeros(3, rows, len(points), dtype=torch.float32)
+    weights[0].scatter_add_(1, smooth.T, line.T.float())
+    weights[1].scatter_add_(1, cornered.T, spline.T.float())
+    weights[2].scatter_add_(1, smooth.T, spline.T.float())
+    return weights
+
+
+# How each digit is written on average, 0 to 9.
+STYLE = torch.tensor(
+    [
+        [0.17, 0.24, 0.13, 0.10, 0.25, 0.16, 0.05, 0.03, 0.12, 0.12],  # slant, pixels to the right for each pixel up
+        [0.20, 0.25, 0.28, 0.26, 0.30, 0.29, 0.20, 0.22, 0.24, 0.24],  # spread of the slant between people
+        [1.10, 1.00, 1.16, 1.04, 1.00, 1.14, 1.00, 1.04, 1.02, 0.98],  # width relative to the skeleton
+        [1.37, 1.32, 1.22, 1.20, 1.14, 1.12, 1.22, 1.25, 1.14, 1.12],  # radius of the pen, pixels
+    ],
+    dtype=torch.float32,
+    device="cpu",
+)
+
+# Skeletons, written by hand: `digit: [(share, [shape, ...]), ...]`. A shape is "x,y x,y ... / x,y ...": x runs right
+# and y down, 100 is the height of a digit, "/" lifts the pen, and "!" marks a corner. All shapes of one list (a family)
+# have the same points in the same order, so that anything between two of them is a digit too.
 # fmt: off
 SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
     0: [
@@ -164,262 +395,3 @@ SKELETONS: dict[int, list[tuple[float, list[str]]]] = {
     ],
 }
 # fmt: on
-
-# How each digit is written on average: slant (pixels to the right for each pixel up), the spread of the slant between
-# people, width relative to the skeleton, and radius of the pen in pixels (the smaller a digit, the thicker its ink).
-STYLE = torch.tensor(
-    [
-        [0.17, 0.20, 1.10, 1.37],
-        [0.24, 0.25, 1.00, 1.32],
-        [0.13, 0.28, 1.16, 1.22],
-        [0.10, 0.26, 1.04, 1.20],
-        [0.25, 0.30, 1.00, 1.14],
-        [0.16, 0.29, 1.14, 1.12],
-        [0.05, 0.20, 1.00, 1.22],
-        [0.03, 0.22, 1.04, 1.25],
-        [0.12, 0.24, 1.02, 1.14],
-        [0.12, 0.24, 0.98, 1.12],
-    ],
-    dtype=torch.float32,
-)
-
-
-class _Families(NamedTuple):
-    """The skeletons as tensors: F families of at most M shapes of at most K points."""
-
-    share: Tensor  # (10, F) how often a digit is drawn with a family
-    members: Tensor  # (F,) number of shapes
-    shapes: Tensor  # (F, M, K, 2)
-    ways: Tensor  # (3, F, POINTS, K) from points to pen positions: straight, curved with corners, curved everywhere
-    inner: Tensor  # (F, K) the neighbour of a point that ends a stroke; any other point itself
-
-
-def _weights(count: int, corners: list[int], segment: int, t: float) -> Tensor:
-    """Weights (3, count) of a stroke's points at part `t` of a segment: a polyline and two Catmull-Rom splines."""
-    weights = torch.zeros(3, count, dtype=torch.float32)
-    weights[0, segment], weights[0, segment + 1] = 1 - t, t
-    t2, t3 = t * t, t * t * t
-    basis = ((-t + 2 * t2 - t3) / 2, (2 - 5 * t2 + 3 * t3) / 2, (t + 4 * t2 - 3 * t3) / 2, (t3 - t2) / 2)
-    for k, value in enumerate(basis):
-        neighbour = min(max(segment - 1 + k, 0), count - 1)
-        weights[2, neighbour] += value
-        if k == 0 and segment in corners:  # a corner hides what lies behind it
-            neighbour = segment
-        if k == 3 and segment + 1 in corners:
-            neighbour = segment + 1
-        weights[1, neighbour] += value
-    return weights
-
-
-def _family(shapes: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """One list of shapes as points (M, K, 2), ways (3, POINTS, K) and inner neighbours (K,)."""
-    strokes = [stroke.split() for stroke in shapes[0].split("/")]
-    words = [shape.replace("/", " ").replace("!", "").split() for shape in shapes]
-    points = torch.tensor([[[float(v) for v in word.split(",")] for word in row] for row in words], dtype=torch.float32)
-    points = points / 100 - torch.tensor([0.35, 0.5], dtype=torch.float32)  # about the middle
-    steps = points.mean(0).diff(dim=0).norm(dim=-1).tolist()
-    ways = torch.zeros(3, POINTS, points.shape[1], dtype=torch.float32)
-    inner = torch.arange(points.shape[1])
-    ends = [sum(map(len, strokes[: i + 1])) for i in range(len(strokes))]
-    ink = sum(steps) - sum(steps[end - 1] for end in ends[:-1])  # the way through the air leaves none
-    row = 0
-    for stroke, b in zip(strokes, ends, strict=True):
-        a = b - len(stroke)
-        length = sum(steps[a : b - 1])
-        corners = [k for k, word in enumerate(stroke) if word.endswith("!")]
-        rows = POINTS - row if b == ends[-1] else round(POINTS * length / ink)
-        for k in range(rows):
-            segment, rest = 0, length * k / (rows - 1)
-            while segment < len(stroke) - 2 and rest > steps[a + segment]:
-                rest -= steps[a + segment]
-                segment += 1
-            ways[:, row + k, a:b] = _weights(len(stroke), corners, segment, min(rest / steps[a + segment], 1.0))
-        row += rows
-        inner[a], inner[b - 1] = a + 1, b - 2
-    return points, ways, inner
-
-
-@lru_cache(maxsize=1)
-def _families() -> _Families:
-    """All skeletons, padded to one size."""
-    flat = [(digit, share, *_family(shapes)) for digit, families in SKELETONS.items() for share, shapes in families]
-    members = torch.tensor([len(points) for _, _, points, _, _ in flat])
-    size = max(points.shape[1] for _, _, points, _, _ in flat)
-    share = torch.zeros(10, len(flat), dtype=torch.float32)
-    shapes = torch.zeros(len(flat), int(members.max()), size, 2, dtype=torch.float32)
-    ways = torch.zeros(3, len(flat), POINTS, size, dtype=torch.float32)
-    inner = torch.arange(size).repeat(len(flat), 1)
-    for f, (digit, part, points, way, neighbour) in enumerate(flat):
-        m, k = points.shape[:2]
-        share[digit, f], shapes[f, :m, :k], ways[:, f, :, :k], inner[f, :k] = part, points, way, neighbour
-    return _Families(share, members, shapes, ways, inner)
-
-
-class _Noise:
-    """Random numbers of one chunk. Always drawn for a whole chunk, so that a part of it is a prefix of the whole."""
-
-    def __init__(self, seed: int, chunk: int, count: int) -> None:
-        digest = hashlib.sha256(f"torchbasics digits {seed} {chunk}".encode()).digest()
-        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        self.count = count
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(CHUNK, *shape, generator=self.generator, dtype=torch.float32)[: self.count]
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(CHUNK, *shape, generator=self.generator, dtype=torch.float32)[: self.count]
-
-    def balanced_labels(self) -> Tensor:
-        """One random order of the ten digits after another, so that every prefix is balanced."""
-        order = torch.rand(CHUNK // 10, 10, generator=self.generator, dtype=torch.float64).argsort(-1)
-        return order.view(-1)[: self.count]
-
-
-def _path(labels: Tensor, noise: _Noise) -> Tensor:
-    """Pen positions (B, POINTS, 2) of the digits `labels`, in units of the height."""
-    table = _families()
-    share = table.share[labels].cumsum(-1)
-    family = (share < noise.uniform(1) * share[:, -1:]).sum(-1).clamp(max=share.shape[1] - 1)
-    one, two = ((noise.uniform() * table.members[family]).long() for _ in range(2))
-    mix = noise.uniform(1, 1) * 1.3 - 0.15  # a little beyond both
-    points = torch.lerp(table.shapes[family, one], table.shapes[family, two], mix)  # (B, K, 2)
-    care = (noise.normal(1, 1) * 0.45).exp()  # some people write with more care than others
-    points = points + noise.normal(*points.shape[1:]) * care * 0.028
-    inner = points.gather(1, table.inner[family].unsqueeze(-1).expand_as(points))
-    points = points + (points - inner) * noise.normal(points.shape[1], 1) * 0.18  # strokes end too soon or too late
-    kind = noise.uniform(3, 1, 1) ** 3 * torch.tensor([0.7, 1.0, 0.7], dtype=torch.float32).view(3, 1, 1)
-    kind = kind / kind.sum(1, keepdim=True)
-    way = (table.ways[:, family].transpose(0, 1) * kind).sum(1)  # (B, POINTS, K)
-    return (way.unsqueeze(-1) * points.unsqueeze(1)).sum(2)
-
-
-def _bend(path: Tensor, labels: Tensor, noise: _Noise) -> Tensor:
-    """Deform smoothly, stretch, slant and turn a path (B, POINTS, 2)."""
-    x, y = path.unbind(-1)
-    grow, lean = noise.normal(2, 1).unbind(1)
-    x, y = x * (1 + 0.30 * grow * y), y + 0.20 * lean * (y * y - 0.25)
-    for _ in range(2):
-        wave = noise.normal(2, 2, 1) * 4.0
-        shift = noise.uniform(2, 1) * 2 * math.pi
-        size = noise.normal(2, 1) * 0.028
-        x, y = (
-            x + size[:, 0] * (wave[:, 0, 0] * x + wave[:, 0, 1] * y + shift[:, 0]).sin(),
-            y + size[:, 1] * (wave[:, 1, 0] * x + wave[:, 1, 1] * y + shift[:, 1]).sin(),
-        )
-    slant, spread, width, _ = STYLE[labels].split(1, dim=1)
-    x = x * width * (noise.normal(1) * 0.23).exp()
-    x = x - (slant + noise.normal(1) * spread) * y
-    angle = noise.normal(1) * 0.08
-    return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], dim=-1)
-
-
-def _pen(labels: Tensor, noise: _Noise) -> Tensor:
-    """Radius of the pen (B, POINTS) in pixels; 0 where the ink fails."""
-    radius = STYLE[labels, 3:] * (noise.normal(1) * 0.25).exp()
-    along = torch.linspace(0, 1, POINTS, dtype=torch.float32) * (0.5 + 2 * noise.uniform(1)) + noise.uniform(1)
-    wave = noise.normal(1) * (2 * math.pi * along).sin()
-    radius = radius * (1 + 0.12 * wave) * (1 + 0.05 * noise.normal(POINTS))  # the hand's pressure, the paper's grain
-    start = noise.uniform(1) * POINTS
-    length = (noise.uniform(1) < 0.04) * (1 + noise.uniform(1) * 5)
-    index = torch.arange(POINTS)
-    return radius.clamp(0.45, 3.6).masked_fill((index >= start) & (index < start + length), 0.0)
-
-
-def _fit(path: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale a path so that the ink's longer side fills the box; returns it and the radius, in pixels of the box."""
-    path = path * ((BOX - 2 * radius.mean(-1)) / (path.amax(1) - path.amin(1)).amax(-1))[:, None, None]
-    low, high = ((path + sign * radius.unsqueeze(-1)) for sign in (-1, 1))
-    low, high = low.amin(1), high.amax(1)
-    scale = BOX / (high - low).amax(-1)
-    path = (path - ((low + high) / 2).unsqueeze(1)) * scale[:, None, None] + BOX / 2
-    return path, radius * scale.unsqueeze(-1)
-
-
-def _ink(path: Tensor, radius: Tensor, soft: Tensor) -> Tensor:
-    """Ink (B, BOX, BOX) in [0, 1]: what a disc of `radius` covers as it follows the path."""
-    pixel = torch.arange(BOX, dtype=torch.float32) + 0.5
-    across = (pixel[:, None] - path[:, None, :, 0]).square()  # (B, BOX, POINTS)
-    down = (pixel[:, None] - path[:, None, :, 1]).square() - radius.square().unsqueeze(1)
-    down = down.masked_fill(radius.unsqueeze(1) == 0, math.inf)
-    power = (across.unsqueeze(1) + down.unsqueeze(2)).amin(-1)  # squared distance minus squared radius
-    mean = radius.mean(-1)[:, None, None]
-    outside = (power + mean.square()).clamp(min=0).sqrt() - mean  # pixels from the edge of the ink
-    return (0.5 - outside / soft[:, None, None]).clamp(0, 1)
-
-
-def _centre(ink: Tensor) -> Tensor:
-    """Put box images (B, BOX, BOX) uint8 into (B, 1, SIDE, SIDE), the centre of mass in the middle."""
-    place = torch.arange(BOX)
-    whole = ink.long()
-    mass = whole.sum((1, 2)).clamp(min=1)
-    middle = SIDE // 2  # pixel 14, counted from 0, as in MNIST
-    top, left = (
-        (middle - (whole.sum(axis) * place).sum(1).double() / mass).round().long().clamp(0, SIDE - BOX)
-        for axis in (2, 1)
-    )
-    images = torch.zeros(len(ink), 1, SIDE, SIDE, dtype=torch.uint8)
-    rows, columns = (top[:, None] + place)[:, :, None], (left[:, None] + place)[:, None, :]
-    images[torch.arange(len(ink))[:, None, None], 0, rows, columns] = ink
-    return images
-
-
-def _draw_chunk(labels: Tensor, noise: _Noise) -> Tensor:
-    """Images (B, 1, SIDE, SIDE) uint8 of at most CHUNK labels."""
-    path = _bend(_path(labels, noise), labels, noise)
-    path, radius = _fit(path, _pen(labels, noise))
-    soft = 0.9 + 0.4 * noise.uniform()
-    parts = zip(path.split(PART), radius.split(PART), soft.split(PART), strict=True)
-    ink = torch.cat([_ink(*part) for part in parts])
-    return _centre((ink * 255).round().to(torch.uint8))
-
-
-def _check(count: int, seed: int, labels: Tensor | None) -> None:
-    """Raise ValueError for arguments that cannot be drawn."""
-    for name, value in (("count", count), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{name} must be an integer, got {value!r}")
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
-    if labels is None:
-        return
-    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
-        raise ValueError(f"labels must be a tensor of integers, got {getattr(labels, 'dtype', type(labels).__name__)}")
-    if labels.shape != (count,):
-        raise ValueError(f"labels must have shape ({count},), one digit an image, got {tuple(labels.shape)}")
-    if int(labels.min()) < 0 or int(labels.max()) > 9:
-        raise ValueError(f"labels must lie in 0..9, got {int(labels.min())}..{int(labels.max())}")
-
-
-def draw_digits(count: int, seed: int = 0, *, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Draw `count` handwritten digits in the format of MNIST.
-
-    A pure function of its arguments: global random state is neither read nor changed, and `draw_digits(1000, s)` is the
-    beginning of `draw_digits(5000, s)`. Other seeds give other images.
-
-    Args:
-        count: number of images, at least 1.
-        seed: any integer.
-        labels: digits to draw, integers 0..9 of shape (count,). By default every ten images in a row are the ten
-            digits in a random order.
-
-    Returns:
-        images, uint8 (count, 1, 28, 28), white ink (255) on black (0), and labels, int64 (count,), both on the CPU.
-
-    Raises:
-        ValueError: for a count below 1, or labels of the wrong type, shape or range.
-
-    >>> images, labels = draw_digits(20, seed=1)
-    >>> images.shape, images.dtype, labels.bincount().tolist()
-    (torch.Size([20, 1, 28, 28]), torch.uint8, [2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
-    """
-    _check(count, seed, labels)
-    images, drawn = [], []
-    with torch.device("cpu"):  # whatever the default device is
-        for start in range(0, count, CHUNK):
-            noise = _Noise(seed, start // CHUNK, min(CHUNK, count - start))
-            own = noise.balanced_labels()
-            if labels is not None:
-                own = labels[start : start + CHUNK].cpu().long()
-            images.append(_draw_chunk(own, noise))
-            drawn.append(own)
-    return torch.cat(images), torch.cat(drawn)

@@ -1,371 +1,403 @@
-"""One process or many. With one process every function here is a no-op, so that callers need no `if`.
+"""Train on several processes. In one process every function here does nothing, so callers need no `if`.
 
-    with distributed.process_group(device):   # torchrun has set RANK, WORLD_SIZE, …; plain python: one process
-        train()
+    with distributed.process_group(device):   # torchrun has set RANK, WORLD_SIZE, …
+        model = distributed.replicate(model, device)
 
-Small values (counts, flags) travel on the CPU, whatever the device, and never wait for it: over gloo, or through shared
-memory where all processes train on the CPU of one machine.
+Counts, flags and other small values travel on the CPU, over gloo, whatever the device.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
-import socket
-import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-
-from torchbasics.shared_memory import SharedRows, share_rows
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 T = TypeVar("T")
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-ACCELERATORS = ("cuda", "xpu")  # those that several processes can use together
-_store: Any = None  # of this attempt of the job, while `process_group` lasts
-_job_store: Any = None  # of the job, whatever torchrun restarts
-_rows: SharedRows | None = None  # for small values, where the processes share memory
-_all_rows: weakref.WeakSet[SharedRows] = weakref.WeakSet()  # and for what else
-SMALL = 64  # values that go into a row
-
-
-class OtherRankFailed(RuntimeError):
-    """Another process failed first and has said why; nothing more is to be said here."""
-
-
-# ------------------------------------------------------------------------------------------------------ who is there
-
-
-def is_distributed() -> bool:
-    """Whether a process group of torch.distributed is up."""
-    return dist.is_available() and dist.is_initialized()
+NORM_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_job_store: dist.Store | None = None  # inside `process_group`: what `remember` writes to
 
 
 def rank() -> int:
-    """This process's number among all of the job, from 0."""
-    return dist.get_rank() if is_distributed() else 0
+    """Return this process's number among all processes of the job, from 0."""
+    return dist.get_rank() if _has_group() else 0
 
 
 def world_size() -> int:
-    """How many processes the job has."""
-    return dist.get_world_size() if is_distributed() else 1
+    """Return the number of processes of the job."""
+    return dist.get_world_size() if _has_group() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the one process that writes and speaks (global rank 0, not local rank 0)."""
-    return rank() == 0
-
-
-def rank_in_environment() -> int:
-    """The rank that this process will have, or had, also while there is no process group."""
-    number = os.environ["RANK"] if is_launched() else "0"
-    return int(number) if number.isdecimal() else 0  # nonsense is told by `process_group`
-
-
-def local_rank() -> int:
-    """This process's number on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if is_launched() else 0
-
-
-def local_world_size() -> int:
-    """How many processes of the job run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
+    """Return whether this process has global rank 0, which writes and prints; also before there is a process group."""
+    return rank() == 0 if _has_group() else os.environ.get("RANK", "0") == "0"
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or whatever sets its variables, has started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Return whether torchrun, or another launcher that sets RANK, started this process."""
+    return "RANK" in os.environ
 
 
-def restarts() -> int:
-    """How often torchrun has restarted the job's processes."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def local_rank() -> int:
+    """Return this process's number on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-# ------------------------------------------------------------------------------------------------ set-up and shutdown
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]:
-    """The job's process group while it lasts: nccl (xccl) for tensors on an accelerator, gloo for those on the CPU.
+    """Join the job's process group for the duration of a `with` block: gloo for the CPU, and nccl on CUDA.
 
-    A process that hears nothing of another for `timeout` seconds gives up. Raises ValueError if torchrun's variables
-    are incomplete, OSError if the processes do not find each other.
+    A process that waits longer than `timeout` seconds for another one fails. All processes leave together when they
+    are done, and after an exception with a `signum` (`Interrupted`, which all processes raise at the same step). After
+    any other error this process leaves alone, which lets the others fail soon instead of waiting.
+
+    Raises ValueError if torchrun's variables are incomplete, ConnectionError if the processes do not find each other.
     """
-    global _store, _job_store, _rows
+    global _job_store
     if not is_launched():
         yield
         return
-    missing = [name for name in VARIABLES if name not in os.environ]
-    if missing:
-        raise ValueError(f"RANK is set, but not {', '.join(missing)}; start with torchrun, or unset RANK")
+    backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     limit = datetime.timedelta(seconds=timeout)
-    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_backend_for(device)}"
-    bound: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
     try:
-        store, number, size = next(dist.rendezvous("env://", timeout=limit))
-        _store = dist.PrefixStore(f"torchbasics/{restarts()}", store)  # the last attempt's keys are still in it
-        _job_store = dist.PrefixStore("torchbasics/job", store)
-        dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=limit, **bound)
-        if device.type == "cpu" and local_world_size() == size > 1:
-            _rows = _share(8 * SMALL, timeout)
-    except (RuntimeError, ValueError) as error:
-        _store = _job_store = None
-        if is_distributed():
-            dist.destroy_process_group()
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise OSError(f"{where}: the processes did not find each other ({_reason(error, timeout)})") from error
+        store, number, count = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun's store outlives a restart, and still holds the addresses of the processes that died
+        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=attempt, rank=number, world_size=count, timeout=limit, device_id=own)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(
+            f"the processes did not find each other within {timeout:g} s ({reason}); give all of them the same "
+            "MASTER_ADDR and a free MASTER_PORT, or use torchrun --standalone"
+        ) from error
+    _job_store = dist.PrefixStore("job", store)
+    together = False
     try:
         yield
+        barrier()  # a process that leaves early breaks the connections that others still use
+        together = True
+    except BaseException as error:
+        if hasattr(error, "signum"):
+            barrier()
+            together = True
+        raise
     finally:
-        for rows in _all_rows:
-            rows.leave()
-        _store = _job_store = _rows = None
-        dist.destroy_process_group()
-
-
-def _backend_for(device: torch.device) -> str:
-    if device.type not in ACCELERATORS:
-        raise ValueError(f"{device.type} cannot be used by several processes; use --device cpu or cuda")
-    return dist.get_default_backend_for_device(device)
-
-
-def _reason(error: Exception, timeout: float) -> str:
-    text = str(error)
-    if "EADDRINUSE" in text or "already in use" in text:
-        return "the port is taken; choose another MASTER_PORT, or torchrun --standalone"
-    if "timed out" in text.lower() or "timeout" in text.lower():
-        return f"not all came within {timeout:g} s; see that all are started with one address, or raise --timeout"
-    return " ".join(text.split())[:200]
+        _job_store = None
+        if together or device.type == "cpu":  # after an error nccl would wait for processes that no longer answer
+            dist.destroy_process_group()
 
 
 def own_device(device: torch.device) -> torch.device:
-    """`device` with this process's index: the local rank's accelerator. ValueError if there are too few."""
-    if device.type == "cpu" or not is_launched():
+    """Return the device of this process: for CUDA without an index, the one numbered by the local rank.
+
+    Makes it the current device. Raises ValueError if the machine has fewer devices than processes.
+    """
+    if device.type != "cuda" or not is_launched():
         return device
-    if device.index is not None and local_world_size() > 1:
-        raise ValueError(f"--device {device} is one device for {local_world_size()} processes; leave the index out")
-    if device.type not in ACCELERATORS:
-        raise ValueError(f"{device.type} cannot be used by several processes; use --device cpu or cuda")
-    backend = getattr(torch, device.type)
-    if local_rank() >= backend.device_count():
-        raise ValueError(
-            f"process {local_rank()} of this machine has no {device.type} device ({backend.device_count()} there); "
-            f"start --nproc-per-node={backend.device_count()} processes, or use --device cpu"
-        )
-    own = torch.device(device.type, local_rank() if device.index is None else device.index)
-    backend.set_device(own)
-    return own
+    if device.index is None:
+        count = torch.cuda.device_count()
+        if local_rank() >= count:
+            raise ValueError(
+                f"process {local_rank()} of this machine has no CUDA device, there are {count}; "
+                f"start with --nproc-per-node={count}, or use the CPU"
+            )
+        device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
 
 
 def set_threads() -> str:
-    """Gives each local process its share of the cores, unless the user has set OMP_NUM_THREADS; says what was chosen.
+    """Give each process of this machine its share of the cores, unless OMP_NUM_THREADS is set; say what was chosen.
 
-    torchrun itself sets OMP_NUM_THREADS=1 for several processes; that is not taken for the user's will.
+    OMP_NUM_THREADS=1 does not count: torchrun sets it by itself, which leaves most cores idle.
     """
-    processes = local_world_size()
-    if processes > 1 and not _user_has_set("OMP_NUM_THREADS"):
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // processes))
-        return f"{torch.get_num_threads()} of {cores} cores each"
     count = torch.get_num_threads()
-    return f"{count} thread{'s' * (count != 1)} each" + (
-        " (OMP_NUM_THREADS)" if "OMP_NUM_THREADS" in os.environ else ""
-    )
-
-
-def _user_has_set(name: str) -> bool:
-    """Whether the variable was set before the launcher started; where that cannot be seen, 1 is the launcher's."""
-    try:
-        launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-        return any(line.startswith(name.encode() + b"=") for line in launcher)
-    except OSError:
-        return os.environ.get(name, "1") != "1"
-
-
-# ------------------------------------------------------------------------------------------------ small values together
+    return f"{count} thread{'' if count == 1 else 's'} per process"
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Wait until all processes are here."""
     all_gather([0])
 
 
 def all_gather(values: Sequence[float]) -> list[list[float]]:
-    """The `values` of all processes, by rank; as float64, which holds whole numbers exactly up to 2**53."""
-    if world_size() == 1:
-        return [list(values)]
+    """Return the `values` of all processes, by rank, as float64. Every process gives the same number of values."""
     own = torch.tensor(values, dtype=torch.float64)
-    if _rows is not None and len(values) <= SMALL:
-        shared = _rows.of(torch.float64, len(values))
-        _rows.begin()
-        shared[_rows.rank] = own
-        _rows.publish()
-        found: list[list[float]] = shared.tolist()
-        _rows.end()
-        return found
-    every = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(every, own)
-    return [part.tolist() for part in every]
+    if world_size() == 1:
+        return [own.tolist()]
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(gathered, own)
+    return [part.tolist() for part in gathered]
 
 
-def all_reduce_sums(values: torch.Tensor) -> torch.Tensor:
-    """Returns the sums of `values` over all processes; `values` itself if there is one."""
+def all_reduce_sums(tensor: Tensor) -> Tensor:
+    """Return the sum of `tensor` over all processes, element by element; `tensor` itself is not changed."""
     if world_size() > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-    return values
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def gather_objects(value: T) -> list[T]:
-    """The values of all processes, by rank, on all of them: plain values and tensors."""
-    if world_size() == 1:
-        return [value]
-    every: list[Any] = [None] * world_size()
-    dist.all_gather_object(every, value)
-    return every
+    """Return the values of all processes, by rank: anything that can be pickled, tensors on the CPU."""
+    gathered: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's `value` on all processes."""
-    if world_size() == 1:
-        return value
+    """Return rank 0's `value` on all processes."""
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, on all processes. If it raises there, the others raise OtherRankFailed."""
-    if world_size() == 1:
-        return function()
+    """Call `function` on rank 0 and return its result on all processes. If it raises, so do all the others.
+
+    The others wait no longer than the process group's timeout.
+    """
     outcome: tuple[bool, Any] = (False, None)
     try:
-        if is_main():
+        if rank() == 0:
             outcome = (True, function())
     finally:
         done, result = broadcast_object(outcome)
     if not done:
-        raise OtherRankFailed("rank 0 failed")
+        raise RuntimeError("rank 0 failed; its own message says why")
     return result
 
 
-def shared_rows(size: int) -> SharedRows | None:
-    """Rows of `size` bytes more, by all processes together; None where they do not share memory."""
-    return None if _rows is None else _share(size, _rows.timeout)
-
-
-def _share(size: int, timeout: float) -> SharedRows | None:
-    """`share_rows`, which this process leaves with the group."""
-    rows = share_rows(size, timeout)
-    if rows is not None:
-        _all_rows.add(rows)
-    return rows
-
-
-def check_group() -> None:
-    """ValueError if the process group, which the caller may have made, cannot carry values of the CPU."""
-    if world_size() > 1 and "cpu:" not in dist.get_backend_config():
-        raise ValueError(
-            f"the process group is {dist.get_backend_config()!r} and carries no values of the CPU; use "
-            "torchbasics.distributed.process_group, or init_process_group('cpu:gloo,cuda:nccl')"
-        )
-
-
-# ----------------------------------------------------------------------------- what lasts longer than a collective may
-
-
 def remember(key: str, value: str) -> None:
-    """Writes a note for the job's later attempts, after torchrun has restarted it."""
+    """Leave a note for the processes that torchrun starts in place of these, should they fail."""
     if _job_store is not None:
         _job_store.set(key, value)
 
 
 def recall(key: str) -> str | None:
-    """The note that an earlier attempt of this job has written."""
+    """Return the note that this job left, before a restart or after it; None if there is none."""
     return _job_store.get(key).decode() if _job_store is not None and _job_store.check([key]) else None
 
 
-def tell(key: str, value: str | None = None) -> str | None:
-    """Rank 0's `value` on all processes, which wait for it as long as it takes, unless one fails."""
-    if _store is None:
-        return value
-    if is_main():
-        _store.set(f"told/{key}", value or "")
-    _until(lambda: _store.check([f"told/{key}"]))
-    return _store.get(f"told/{key}").decode()
+def replicate(model: nn.Module, device: torch.device, *, sync_bn: bool = False, static: bool = False) -> nn.Module:
+    """Move `model` to `device` and wrap it in DistributedDataParallel; in one process return the model itself.
 
-
-def wait_for_all(key: str) -> None:
-    """Waits for all processes, as long as it takes, unless one fails."""
-    if _store is None:
-        return
-    _store.add(f"came/{key}", 1)
-    _until(lambda: _store.add(f"came/{key}", 0) >= world_size())
-
-
-def _until(done: Callable[[], bool]) -> None:
-    while not done():
-        if _store.check(["cause"]):
-            raise OtherRankFailed("another rank failed")
-        time.sleep(0.05)
-
-
-# ---------------------------------------------------------------------------------------------------- who failed first
-
-
-def first_cause(error: Exception, text: str, patience: float = 2.0) -> str | None:
-    """What this process is to say of `error`: `text` with its rank; None if another process has spoken already.
-
-    Where `error` is that contact to others was lost, it names those that do not answer within `patience` seconds.
+    All processes start with rank 0's weights and buffers. BatchNorm's running statistics then differ from process to
+    process (see `shared_buffers`); `sync_bn` computes them over all processes instead (CUDA only). `static` saves some
+    time if every step runs forward and backward once and uses the same parameters.
     """
-    if world_size() == 1 or _store is None:
-        return text
-    if isinstance(error, OtherRankFailed):
-        return None
-    found: list[str | None] = []
-    asking = threading.Thread(target=lambda: found.append(_ask(error, text, patience)), daemon=True)
-    asking.start()  # on a machine that is cut off, the store waits for ever
-    asking.join(patience + 3)
-    said = found[0] if found else f"{text}; the job's store does not answer either"
-    return None if said is None else f"rank {rank()} of {world_size()} ({socket.gethostname()}): {said}"
+    model = model.to(device)
+    if world_size() == 1:
+        return model
+    if sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    _copy_buffers_of_main(model)
+    arguments = inspect.signature(DistributedDataParallel).parameters
+    name = "broadcast_buffers" if "broadcast_buffers" in arguments else "forward_sync_buffers"  # since torch 2.15
+    options: dict[str, Any] = {name: False, "device_ids": None if device.type == "cpu" else [device]}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static, **options)
 
 
-def _ask(error: Exception, text: str, patience: float) -> str | None:
+def shard(model: nn.Module, device: torch.device, precision: str = "fp32") -> nn.Module:
+    """Move `model` to `device` and split its parameters among all processes with torch's FSDP2 (`fully_shard`).
+
+    The unit is a child of the model, or a member of a list of modules in it. With `precision="bf16"` units compute in
+    bfloat16 and gradients are summed in float32; normalization layers stay in float32. Make the optimizer afterwards:
+    the parameters are new objects. In one process the model itself is returned.
+    """
+    model = model.to(device)
+    if world_size() == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    _copy_buffers_of_main(model)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach(), src=0)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for module in model.modules():
+            if isinstance(module, NORM_LAYERS) and any(True for _ in module.parameters()):
+                norm_policy = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.bfloat16)
+                fully_shard(module, mesh=mesh, mp_policy=norm_policy)
+    uses = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    for unit in _units(model):
+        own = list(unit.parameters())
+        # tied weights are left to the whole model: two units would untie them
+        if own and all(uses[parameter] == 1 for parameter in own) and not is_sharded(unit):
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def _units(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the children of `model`; for a list of modules, which is never called itself, its members."""
+    for child in model.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _units(child)
+        else:
+            yield child
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, DataParallel and torch.compile's wrapper, at any nesting."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Return whether `model` exchanges its gradients with the other processes: it came from `replicate` or `shard`."""
+    return is_sharded(model) or _replica(model) is not None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether `model` came from `shard`."""
+    return hasattr(unwrap(model), "set_requires_gradient_sync")  # FSDPModule; importing that class takes a second
+
+
+def _replica(model: nn.Module) -> DistributedDataParallel | None:
+    while hasattr(model, "_orig_mod"):
+        model = model._orig_mod  # type: ignore[assignment]
+    return model if isinstance(model, DistributedDataParallel) else None
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Exchange gradients with the other processes in this `with` block only if `wanted`; forward belongs inside too."""
+    replica = _replica(model)
+    if replica is not None and not wanted:
+        with replica.no_sync():
+            yield
+        return
+    if is_sharded(model):
+        unwrap(model).set_requires_gradient_sync(wanted)  # type: ignore[operator]
+    yield
+
+
+@contextlib.contextmanager
+def shared_buffers(model: nn.Module) -> Iterator[None]:
+    """Use rank 0's buffers (BatchNorm's running statistics), which are those that are saved, in this `with` block.
+
+    Afterwards each process has its own again, so that how often one validates changes nothing.
+    """
+    replaced = _copy_buffers_of_main(unwrap(model))
     try:
-        if is_lost_contact(error):
-            silent = _silent_ranks(patience)
-            names = ", ".join(f"rank {number} ({host})" for number, host in silent)
-            text = f"no answer from {names}" if silent else f"lost contact with the other processes ({text})"
-        return text if _store.add("cause", 1) == 1 else None
-    except RuntimeError:  # the store was in a process that is gone
-        return f"{text}; the job's store is gone as well"
+        yield
+    finally:
+        for buffer, own in replaced:
+            buffer.copy_(own)
 
 
-def is_lost_contact(error: BaseException) -> bool:
-    """Whether `error` is of the network between the processes, and so a consequence of something else."""
-    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+def _copy_buffers_of_main(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Copy rank 0's buffers to all processes, by name and shape; return each changed buffer with its value before."""
+    if world_size() == 1:
+        return []
+    values = broadcast_object({name: buffer.cpu() for name, buffer in model.named_buffers()} if is_main() else {})
+    replaced = []
+    for name, buffer in model.named_buffers():
+        value = values.get(name)
+        if value is not None and value.shape == buffer.shape and not torch.equal(value, buffer.cpu()):
+            replaced.append((buffer, buffer.clone()))
+            buffer.copy_(value)
+    return replaced
 
 
-def introduce_host() -> None:
-    """Lets the other processes know this one's machine, for messages when it no longer answers."""
-    if _store is not None:
-        _store.set(f"host/{rank()}", socket.gethostname())
+def full_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state dicts of model and optimizer as one process without wrappers has them.
+
+    All processes call this together. The state of a sharded model is gathered, on the CPU, to rank 0; the others get
+    empty dictionaries.
+    """
+    weights, state = full_weights(model), optimizer.state_dict()
+    if is_sharded(model):
+        entries = {index: {key: _whole(value) for key, value in e.items()} for index, e in state["state"].items()}
+        state = {**state, "state": entries} if is_main() else {}
+    return weights, state
 
 
-def _silent_ranks(patience: float) -> list[tuple[int, str]]:
-    """Ranks that, unlike this one, do not notice the failure too: killed, stopped or hanging."""
-    _store.set(f"alive/{rank()}", "1")
-    time.sleep(patience)
-    silent = [number for number in range(world_size()) if not _store.check([f"alive/{number}"])]
-    known = [number for number in silent if _store.check([f"host/{number}"])]
-    return [(number, _store.get(f"host/{number}").decode() if number in known else "?") for number in silent]
+def full_weights(model: nn.Module) -> dict[str, Any]:
+    """Return the first part of `full_state`; its `_metadata` is kept."""
+    state = _rename(unwrap(model).state_dict(), _plain_name)
+    for name, value in state.items():
+        state[name] = _whole(value)
+    return state if is_main() or not is_sharded(model) else {}
+
+
+def load_full_state(
+    model: nn.Module, optimizer: Optimizer, weights: Mapping[str, Any], optimizer_state: Mapping[str, Any]
+) -> None:
+    """Load what `full_state` returned, with any strategy and any number of processes, into a model of any strategy.
+
+    Every process gives the same state. What does not fit is torch's own RuntimeError or ValueError.
+    """
+    load_weights(model, weights)
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
+    entries = {
+        index: {key: _shard_like(value, parameters.get(index)) for key, value in entry.items()}
+        for index, entry in optimizer_state["state"].items()
+    }
+    optimizer.load_state_dict({**optimizer_state, "state": entries})
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Load the weights of one process into a model of any strategy. What does not fit is torch's RuntimeError."""
+    model = unwrap(model)
+    own = model.state_dict()
+    names = {_plain_name(name): name for name in [*(name for name, _ in model.named_modules()), *own]}
+    state = _rename(weights, lambda name: names.get(_plain_name(name), name))
+    for name, value in state.items():
+        state[name] = _shard_like(value, own.get(name))
+    model.load_state_dict(state)
+
+
+def _plain_name(name: str) -> str:
+    """Return the name that a parameter, buffer or module has if nothing is compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _rename(state: Mapping[str, Any], rename: Callable[[str], str]) -> OrderedDict[str, Any]:
+    """Return a state dict under other names, with its `_metadata`: the versions of its modules, by their names."""
+    renamed = OrderedDict((rename(name), value) for name, value in state.items())
+    if hasattr(state, "_metadata"):
+        renamed._metadata = {rename(name): facts for name, facts in state._metadata.items()}  # type: ignore[attr-defined]
+    return renamed
+
+
+def _whole(value: Any) -> Any:
+    """Return a tensor that is split among processes as one tensor on the CPU, anything else as it is."""
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+
+
+def _shard_like(value: Any, own: Any) -> Any:
+    """Return this process's part of `value` if `own`, a tensor of its shape, is split among processes."""
+    if not (isinstance(value, Tensor) and hasattr(own, "full_tensor") and value.shape == own.shape):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)  # every process has it all

@@ -1,7 +1,7 @@
-"""Small networks, simplest first, and helpers that count, initialise and freeze their parameters.
+"""Small networks, simplest first, and helpers that count, initialise and freeze parameters.
 
-Every classifier returns logits of shape (B, num_classes); softmax belongs to the loss or to the prediction. This file
-imports nothing but torch and can be copied away alone.
+Every classifier returns logits of shape (B, num_classes). Softmax belongs in the loss or in the prediction. This file
+imports only torch and can be copied alone. The shape comments hold for the default arguments.
 
 >>> model = SimpleNet()
 >>> model(torch.zeros(2, 1, 28, 28)).shape
@@ -13,7 +13,8 @@ torch.Size([2, 10])
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,60 +22,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = [
-    "CNN",
-    "MLP",
-    "CustomLoss",
-    "EnsembleModel",
-    "FastNet",
-    "MNISTNet",
-    "NeuralNetwork",
-    "ShiftedViews",
-    "SimpleNet",
-    "SmallVGG",
-    "count_parameters",
-    "count_parameters_by_layer",
-    "freeze",
-    "init_weights",
-    "make_model",
-    "unfreeze",
-]
-
 
 class SimpleNet(nn.Module):
     """Linear layers with ReLU between them: the smallest classifier.
 
-    Input: floats (B, input_size), or (B, ...) with input_size values per sample. Output: logits (B, num_classes).
-    Raises ValueError if a size is not a positive integer, or if the input has another size or holds integers.
+    Input: floats (B, ...) with `input_size` values per sample. Output: logits (B, num_classes). `hidden_sizes` are the
+    widths of the hidden layers; one integer means one hidden layer. Raises ValueError unless all sizes are positive
+    integers.
     """
 
-    def __init__(self, input_size: int = 784, hidden_sizes: Sequence[int] = (128, 64), num_classes: int = 10) -> None:
+    def __init__(
+        self, input_size: int = 784, hidden_sizes: int | Sequence[int] = (128, 64), num_classes: int = 10
+    ) -> None:
         super().__init__()
-        sizes = [input_size, *hidden_sizes]
+        if isinstance(hidden_sizes, int):
+            hidden_sizes = (hidden_sizes,)
         _check_sizes(input_size=input_size, num_classes=num_classes)
         for size in hidden_sizes:
             _check_sizes(hidden_sizes=size)
-        self.input_size = input_size
+        sizes = [input_size, *hidden_sizes]
         self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(sizes))
         self.output = nn.Linear(sizes[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _flat_features(x, self.input_size)  # (B, 784)
+        x = x.flatten(1)  # (B, 784)
         for layer in self.hidden:
-            x = F.relu(layer(x))  # (B, 128), (B, 64)
+            x = F.relu(layer(x))  # (B, 128), then (B, 64)
         return self.output(x)  # (B, 10)
 
 
 class NeuralNetwork(nn.Module):
     """Two hidden layers of 30 and 20 units, written as one `nn.Sequential`.
 
-    Input: floats (B, num_inputs). Output: logits (B, num_outputs). Raises ValueError like `SimpleNet`.
+    Input: floats (B, ...) with `num_inputs` values per sample. Output: logits (B, num_outputs). Raises ValueError
+    unless both sizes are positive integers.
     """
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__()
         _check_sizes(num_inputs=num_inputs, num_outputs=num_outputs)
-        self.num_inputs = num_inputs
         self.layers = nn.Sequential(
             nn.Linear(num_inputs, 30),
             nn.ReLU(),
@@ -84,59 +70,76 @@ class NeuralNetwork(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(_flat_features(x, self.num_inputs))  # (B, num_outputs)
+        return self.layers(x.flatten(1))  # (B, num_inputs) -> (B, num_outputs)
 
 
 class MLP(nn.Module):
     """Two hidden layers, each followed by BatchNorm, ReLU and Dropout.
 
-    Input: floats (B, input_dim); B must be at least 2 in training mode, because BatchNorm takes its statistics from the
-    batch. Output: logits (B, output_dim). Raises ValueError like `SimpleNet`.
+    Input: floats (B, ...) with `input_dim` values per sample. In training mode B must be at least 2, because BatchNorm
+    takes its statistics from the batch. Output: logits (B, output_dim). Raises ValueError unless the sizes are positive
+    integers and `dropout` lies between 0 and 1.
     """
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, dropout: float = 0.1) -> None:
         super().__init__()
         _check_sizes(input_dim=input_dim, hidden_dim=hidden_dim, output_dim=output_dim)
-        self.input_dim = input_dim
         self.layers = nn.Sequential(
-            *_mlp_block(input_dim, hidden_dim, dropout),
-            *_mlp_block(hidden_dim, hidden_dim, dropout),
+            nn.Linear(input_dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(),
+            nn.Dropout(dropout),
             nn.Linear(hidden_dim, output_dim),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(_flat_features(x, self.input_dim))  # (B, output_dim)
+        return self.layers(x.flatten(1))  # (B, input_dim) -> (B, output_dim)
 
 
 class CNN(nn.Module):
-    """Two convolutions of 32 and 64 channels, each with BatchNorm, ReLU and pooling; then two linear layers.
+    """Two convolutions of 32 and 64 channels, each with BatchNorm, ReLU and pooling, then two linear layers.
 
-    Input: floats (B, in_channels, image_size, image_size); `image_size`, in pixels, is a multiple of 4, because two
-    poolings halve it. Output: logits (B, num_classes). Raises ValueError for other sizes or shapes and integer images.
+    Pooling comes before ReLU: the values are the same in either order, and ReLU has a quarter of the work.
+
+    Input: floats (B, in_channels, image_size, image_size). Output: logits (B, num_classes). `image_size`, in pixels, is
+    a multiple of 4. Raises ValueError for other sizes and for a `dropout` outside 0..1.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28, dropout: float = 0.5) -> None:
         super().__init__()
         _check_image_model(num_classes, in_channels, image_size)
-        self.in_channels, self.image_size = in_channels, image_size
         self.features = nn.Sequential(
-            *_conv(in_channels, 32, pool=True),  # (B, 32, 14, 14)
-            *_conv(32, 64, pool=True),  # (B, 64, 7, 7)
+            nn.Conv2d(in_channels, 32, 3, padding=1),  # (B, 32, 28, 28)
+            nn.BatchNorm2d(32),
+            nn.MaxPool2d(2),  # (B, 32, 14, 14)
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),  # (B, 64, 14, 14)
+            nn.BatchNorm2d(64),
+            nn.MaxPool2d(2),  # (B, 64, 7, 7)
+            nn.ReLU(),
         )
-        self.classifier = _classifier(64 * (image_size // 4) ** 2, 128, num_classes, dropout)
+        self.classifier = nn.Sequential(
+            nn.Linear(64 * (image_size // 4) ** 2, 128),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(128, num_classes),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_images(x, self.in_channels, self.image_size)
         x = self.features(x)  # (B, 64, 7, 7)
         return self.classifier(x.flatten(1))  # (B, 3136) -> (B, 10)
 
 
 class MNISTNet(nn.Module):
-    """Two blocks of two convolutions (32, then 64 channels), then two linear layers; above 99% on MNIST.
+    """Two blocks of two convolutions (32, then 64 channels), then two linear layers: above 99% on MNIST.
 
-    Input and errors as for `CNN`. Output: logits (B, num_classes). A block drops whole channels (Dropout2d), since
-    neighbouring pixels of one channel say nearly the same. The weights start by the method of Kaiming He et al. (2015),
-    which keeps the variance of the activations through ReLU layers.
+    Each block ends by dropping whole channels (Dropout2d), because neighbouring pixels of a channel are nearly equal.
+    The weights start as in He et al., "Delving Deep into Rectifiers" (2015, arXiv:1502.01852), which keeps the variance
+    of activations through ReLU layers. Input, output and errors are those of `CNN`.
     """
 
     def __init__(
@@ -144,14 +147,39 @@ class MNISTNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_image_model(num_classes, in_channels, image_size)
-        self.in_channels, self.image_size = in_channels, image_size
-        self.block1 = _double_conv(in_channels, 32, dropout)
-        self.block2 = _double_conv(32, 64, dropout)
-        self.classifier = _classifier(64 * (image_size // 4) ** 2, 256, num_classes, dropout)
-        self.apply(_kaiming)
+        self.block1 = nn.Sequential(
+            nn.Conv2d(in_channels, 32, 3, padding=1),  # (B, 32, 28, 28)
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1),  # (B, 32, 28, 28)
+            nn.BatchNorm2d(32),
+            nn.MaxPool2d(2),  # (B, 32, 14, 14)
+            nn.ReLU(),
+            nn.Dropout2d(dropout),
+        )
+        self.block2 = nn.Sequential(
+            nn.Conv2d(32, 64, 3, padding=1),  # (B, 64, 14, 14)
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1),  # (B, 64, 14, 14)
+            nn.BatchNorm2d(64),
+            nn.MaxPool2d(2),  # (B, 64, 7, 7)
+            nn.ReLU(),
+            nn.Dropout2d(dropout),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(64 * (image_size // 4) ** 2, 256),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(256, num_classes),
+        )
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_images(x, self.in_channels, self.image_size)
         x = self.block1(x)  # (B, 32, 14, 14)
         x = self.block2(x)  # (B, 64, 7, 7)
         return self.classifier(x.flatten(1))  # (B, 3136) -> (B, 10)
@@ -161,17 +189,22 @@ class FastNet(nn.Module):
     """Two small convolutions and two linear layers: 99% on MNIST after a second of training.
 
     On a CPU a small convolution takes far longer than its arithmetic would, so there are only two, without padding. The
-    first has a stride of 2 and is pooled at once, so that BatchNorm and ReLU have a quarter of the work. 207,130
-    parameters by default. Input, output and errors as for `CNN`; `image_size` is at least 16.
+    first has a stride of 2 and is pooled at once, so that BatchNorm and ReLU have a quarter of the work. The default
+    network has 207,130 parameters. Input, output and errors are those of `CNN`; `image_size` is at least 16.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> None:
         super().__init__()
         _check_image_model(num_classes, in_channels, image_size, smallest=16)
-        self.in_channels, self.image_size = in_channels, image_size
+        # no bias before BatchNorm, which would subtract it again
         self.features = nn.Sequential(
-            *_plain_conv(in_channels, 16, kernel=5, stride=2, pool=True),  # (B, 16, 6, 6)
-            *_plain_conv(16, 48),  # (B, 48, 4, 4)
+            nn.Conv2d(in_channels, 16, 5, stride=2, bias=False),  # (B, 16, 12, 12)
+            nn.MaxPool2d(2),  # (B, 16, 6, 6)
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 48, 3, bias=False),  # (B, 48, 4, 4)
+            nn.BatchNorm2d(48),
+            nn.ReLU(),
         )
         self.classifier = nn.Sequential(
             nn.Linear(48 * (image_size // 4 - 3) ** 2, 256, bias=False),
@@ -181,20 +214,19 @@ class FastNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_images(x, self.in_channels, self.image_size)
-        # in the order that channels_last has in memory: nothing is copied, which saves a tenth of a step
-        x = self.features(x).permute(0, 2, 3, 1)  # (B, 4, 4, 48)
+        x = self.features(x)  # (B, 48, 4, 4)
+        x = x.permute(0, 2, 3, 1)  # (B, 4, 4, 48): the order of channels_last in memory, so that flatten copies nothing
         return self.classifier(x.flatten(1))  # (B, 768) -> (B, 10)
 
 
 class SmallVGG(nn.Module):
-    """Five convolutions (16, 32, pool, 64, 64, pool, 128 channels) without padding, then one linear layer.
+    """Five convolutions without padding, two poolings, then one linear layer.
 
-    After VGG (Simonyan and Zisserman, arXiv:1409.1556), with BatchNorm. As accurate on MNIST as MNISTNet in half of its
-    time: few channels where images are large, many where they are small, and pooling before BatchNorm and ReLU, which
-    then have a quarter of the work. `channels` are those of the five convolutions. `dropout` stands before the linear
-    layer; half as often a block drops a whole channel. 139,514 parameters by default. Input, output and errors as for
-    `CNN`; `image_size` is at least 24.
+    After VGG (Simonyan and Zisserman, 2014, arXiv:1409.1556), with BatchNorm. It is as accurate on MNIST as MNISTNet in
+    half the time: it has few channels where images are large and many where they are small, and it pools before
+    BatchNorm and ReLU, which then have a quarter of the work. `channels` are those of the five convolutions. `dropout`
+    is the rate before the linear layer; half that rate drops whole channels. The default network has 139,514
+    parameters. Input, output and errors are those of `CNN`; `image_size` is at least 24.
     """
 
     def __init__(
@@ -208,64 +240,87 @@ class SmallVGG(nn.Module):
         super().__init__()
         _check_image_model(num_classes, in_channels, image_size, smallest=24)
         if len(channels) != 5:
-            raise ValueError(f"expected channels of five convolutions, got {tuple(channels)}")
+            raise ValueError(f"expected the channels of five convolutions, got {tuple(channels)}")
         for number in channels:
             _check_sizes(channels=number)
-        self.in_channels, self.image_size = in_channels, image_size
-        a, b, c, d, e = channels
+        c1, c2, c3, c4, c5 = channels
+        # no bias before BatchNorm, which would subtract it again
         self.features = nn.Sequential(
-            *_plain_conv(in_channels, a),  # (B, 16, 26, 26)
-            *_plain_conv(a, b, pool=True),  # (B, 32, 12, 12)
+            nn.Conv2d(in_channels, c1, 3, bias=False),  # (B, 16, 26, 26)
+            nn.BatchNorm2d(c1),
+            nn.ReLU(),
+            nn.Conv2d(c1, c2, 3, bias=False),  # (B, 32, 24, 24)
+            nn.MaxPool2d(2),  # (B, 32, 12, 12)
+            nn.BatchNorm2d(c2),
+            nn.ReLU(),
             nn.Dropout2d(dropout / 2),
-            *_plain_conv(b, c),  # (B, 64, 10, 10)
-            *_plain_conv(c, d, pool=True),  # (B, 64, 4, 4)
+            nn.Conv2d(c2, c3, 3, bias=False),  # (B, 64, 10, 10)
+            nn.BatchNorm2d(c3),
+            nn.ReLU(),
+            nn.Conv2d(c3, c4, 3, bias=False),  # (B, 64, 8, 8)
+            nn.MaxPool2d(2),  # (B, 64, 4, 4)
+            nn.BatchNorm2d(c4),
+            nn.ReLU(),
             nn.Dropout2d(dropout / 2),
-            *_plain_conv(d, e),  # (B, 128, 2, 2)
+            nn.Conv2d(c4, c5, 3, bias=False),  # (B, 128, 2, 2)
+            nn.BatchNorm2d(c5),
+            nn.ReLU(),
             nn.Dropout2d(dropout / 2),
         )
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(e * (image_size // 4 - 5) ** 2, num_classes)
+        self.classifier = nn.Linear(c5 * (image_size // 4 - 5) ** 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_images(x, self.in_channels, self.image_size)
-        return self.classifier(self.dropout(self.features(x).flatten(1)))  # (B, 512) -> (B, 10)
+        x = self.features(x)  # (B, 128, 2, 2)
+        return self.classifier(self.dropout(x.flatten(1)))  # (B, 512) -> (B, 10)
 
 
 MODELS = ("mnistnet", "cnn", "mlp", "simplenet", "fastnet", "smallvgg", "widevgg")
 
 
-def make_model(
-    name: str, num_classes: int = 10, in_channels: int = 1, image_size: int = 28, dropout: float = 0.2
-) -> nn.Module:
-    """Return the untrained classifier `name` (one of MODELS) for images of that many channels and pixels.
+def make_model(config: Mapping[str, Any]) -> nn.Module:
+    """Return the untrained classifier that `config`, such as the metadata of a checkpoint, describes.
 
-    `widevgg` is SmallVGG with 24, 48, 96, 192 and 192 channels; `mlp` has hidden layers of 256 units; `simplenet` and
-    `fastnet` have no dropout. Raises ValueError for another name or bad sizes.
+    `config["model"]` is one of MODELS. "num_classes" (10), "in_channels" (1), "image_size" (28) and "dropout" (the
+    model's own) may be absent; other keys are ignored. `mlp` has hidden layers of 256 units; `widevgg` is a SmallVGG of
+    24, 48, 96, 192 and 192 channels; `simplenet` and `fastnet` have no dropout.
+
+    Raises ValueError for an unknown model and for sizes that it cannot have.
     """
+    name = config.get("model")
+    num_classes = config.get("num_classes", 10)
+    in_channels = config.get("in_channels", 1)
+    image_size = config.get("image_size", 28)
+    _check_sizes(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    dropout = {"dropout": config["dropout"]} if "dropout" in config else {}
     if name == "mnistnet":
-        return MNISTNet(num_classes, dropout, in_channels, image_size)
+        return MNISTNet(**sizes, **dropout)
     if name == "cnn":
-        return CNN(num_classes, in_channels, image_size, dropout)
+        return CNN(**sizes, **dropout)
     if name == "mlp":
-        return MLP(in_channels * image_size**2, 256, num_classes, dropout)
+        return MLP(in_channels * image_size**2, 256, num_classes, **dropout)
     if name == "simplenet":
         return SimpleNet(in_channels * image_size**2, num_classes=num_classes)
     if name == "fastnet":
-        return FastNet(num_classes, in_channels, image_size)
+        return FastNet(**sizes)
     if name == "smallvgg":
-        return SmallVGG(num_classes, in_channels, image_size, dropout)
+        return SmallVGG(**sizes, **dropout)
     if name == "widevgg":
-        return SmallVGG(num_classes, in_channels, image_size, dropout, channels=(24, 48, 96, 192, 192))
+        return SmallVGG(**sizes, **dropout, channels=(24, 48, 96, 192, 192))
     raise ValueError(f"expected a model of {', '.join(MODELS)}, got {name!r}")
 
 
 class EnsembleModel(nn.Module):
-    """Average the *probabilities* of several classifiers that return logits of the same shape (B, num_classes).
+    """Average the predictions of several models.
 
-    The output is the logarithm of the mean probability, (B, num_classes). It serves wherever logits do: `argmax` gives
-    the class, `softmax` (or `exp`) the mean probability, and `CrossEntropyLoss` or `NLLLoss` its log-loss. Averaging
-    probabilities instead of logits is the linear opinion pool; its log-loss is never above the members' mean log-loss.
-    Raises ValueError without models, and if their numbers of classes differ.
+    For classifiers, whose logits have shape (B, C) with C >= 2, the output is the logarithm of the mean *probability*,
+    (B, C). It serves wherever logits do: `argmax` gives the class, `softmax` (or `exp`) the mean probability, and
+    `CrossEntropyLoss` or `NLLLoss` its log-loss. Averaging probabilities is the linear opinion pool (Stone, 1961); its
+    log-loss is never above the members' mean log-loss. For outputs of any other shape, such as the (B, 1) of
+    regression, the output is their mean.
+
+    Raises ValueError without models.
     """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
@@ -275,39 +330,15 @@ class EnsembleModel(nn.Module):
             raise ValueError("expected at least one model in the ensemble, got none")
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs = [model(x) for model in self.models]
-        _check_same_classes(outputs)
-        log_probabilities = torch.stack([output.log_softmax(-1) for output in outputs])  # (M, B, C)
-        return log_probabilities.logsumexp(0) - math.log(len(outputs))  # (B, C)
-
-    @classmethod
-    def from_checkpoints(
-        cls, build_model: Callable[[dict[str, Any]], nn.Module], checkpoints: Iterable[dict[str, Any]]
-    ) -> EnsembleModel:
-        """Build one member per loaded checkpoint, in evaluation mode.
-
-        `build_model(checkpoint)` returns the untrained network for a checkpoint; its "model_state_dict" is then loaded.
-        Raises ValueError, naming the checkpoint's position (from 0), if the key is missing or the weights do not fit.
-        """
-        models = []
-        for position, checkpoint in enumerate(checkpoints):
-            if "model_state_dict" not in checkpoint:
-                raise ValueError(f"checkpoint {position}: expected a key 'model_state_dict', got {sorted(checkpoint)}")
-            model = build_model(checkpoint)
-            try:
-                model.load_state_dict(checkpoint["model_state_dict"])
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(f"checkpoint {position} does not fit the model: {reason}") from error
-            models.append(model)
-        return cls(models).eval()
+        return _mean_prediction([model(x) for model in self.models])
 
 
 class ShiftedViews(nn.Module):
-    """Test-time augmentation: the mean probability of a classifier over nine views of each image.
+    """Average the predictions of a model over nine views of each image: test-time augmentation.
 
-    A view is shifted by up to 1/28 of the size in each direction, with its edges repeated. Input: images (B, C, H, W);
-    output: log-probabilities (B, num_classes), which serve wherever logits do, as those of `EnsembleModel`.
+    A view is shifted by up to 1/28 of the height in each direction, its edge pixels repeated. Input: images
+    (B, C, H, W). The output is the mean of the nine predictions as in `EnsembleModel`: for a classifier,
+    log-probabilities (B, num_classes), which serve wherever logits do.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -315,86 +346,92 @@ class ShiftedViews(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        step = max(1, round(x.shape[-2] / 28))
-        wide = F.pad(x, (step,) * 4, mode="replicate")
-        corners = [(top, left) for top in (0, step, 2 * step) for left in (0, step, 2 * step)]
-        views = (wide[..., top : top + x.shape[-2], left : left + x.shape[-1]] for top, left in corners)
-        log_probabilities = torch.stack([self.model(view).log_softmax(-1) for view in views])  # (9, B, C)
-        return log_probabilities.logsumexp(0) - math.log(9)
+        height, width = x.shape[-2:]
+        step = max(1, round(height / 28))
+        padded = F.pad(x, (step,) * 4, mode="replicate")  # (B, C, H + 2 * step, W + 2 * step)
+        outputs = []
+        for top in (0, step, 2 * step):
+            for left in (0, step, 2 * step):
+                outputs.append(self.model(padded[..., top : top + height, left : left + width]))
+        return _mean_prediction(outputs)
 
 
 class CustomLoss(nn.Module):
-    """Mean squared error plus `weight` times mean absolute error: a loss of one's own is a module like any other.
+    """Compute the mean squared error plus `weight` times the mean absolute error: a loss is a module like any other.
 
     Input and target have the same shape; the output is a scalar. Raises ValueError for a negative weight and for shapes
-    that differ: (B, 1) against (B,) would broadcast to (B, B) without a word.
+    that differ, because (B, 1) and (B,) would broadcast to (B, B).
     """
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        if not weight >= 0:
+        if not weight >= 0:  # also refuses NaN
             raise ValueError(f"expected weight >= 0, got {weight}")
         self.weight = weight
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if input.shape != target.shape:
-            raise ValueError(
-                f"expected input and target of one shape, got {tuple(input.shape)} and {tuple(target.shape)}"
-            )
+            raise ValueError(f"expected equal shapes, got input {tuple(input.shape)} and target {tuple(target.shape)}")
         return F.mse_loss(input, target) + self.weight * F.l1_loss(input, target)
 
 
 def init_weights(module: nn.Module) -> None:
     """Initialise one layer by its kind. For a whole model: `model.apply(init_weights)`.
 
-    Linear: Xavier uniform. Convolution: Kaiming normal for ReLU, fan-out. Embedding: normal(0, 0.02), its padding row
-    zero. Norms: weight 1, bias 0. Biases: 0. Other modules stay as they are.
-    Sources: Glorot & Bengio (2010), He et al. (2015), Radford et al. (2018); `torch.nn.init`.
+    Linear: Xavier uniform (Glorot and Bengio, 2010). Convolution: Kaiming normal for ReLU, fan-out (He et al., 2015).
+    Embedding: normal(0, 0.02) (Radford et al., 2018), its padding row zero. Norms: weight 1. Biases: 0. Other modules
+    stay as they are. Warns about a weight that is computed from other parameters (`torch.nn.utils.parametrizations`,
+    pruning) and leaves it alone: initialise such a layer before the parametrization.
     """
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-    elif isinstance(module, _CONVOLUTIONS):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-        if module.padding_idx is not None:
-            nn.init.zeros_(module.weight[module.padding_idx])
-    elif isinstance(module, _NORMS):
-        if module.weight is not None:
-            nn.init.ones_(module.weight)
-    else:
+    if not isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_NORMS)):
         return
-    if isinstance(bias := getattr(module, "bias", None), Tensor):
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if isinstance(bias, nn.Parameter):
         nn.init.zeros_(bias)
+    if weight is None:  # a norm without affine parameters
+        return
+    if not isinstance(weight, nn.Parameter):
+        kind = type(module).__name__
+        warnings.warn(f"init_weights left the weight of a {kind}: it is computed from other parameters", stacklevel=2)
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(weight)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(weight, 0.0, 0.02)
+        if module.padding_idx is not None:
+            nn.init.zeros_(weight[module.padding_idx])
+    elif isinstance(module, _CONVOLUTIONS):
+        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+    else:
+        nn.init.ones_(weight)
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Exclude all parameters of a module from training, and return it.
+    """Exclude all parameters of a module from training, and return the module.
 
-    BatchNorm layers still move their running statistics in training mode: also call `module.eval()` to hold those.
+    BatchNorm layers still update their running statistics in training mode. Call `module.eval()` to stop that too.
     """
     return module.requires_grad_(False)
 
 
 def unfreeze(module: nn.Module) -> nn.Module:
-    """Make all parameters of a module trainable again, and return it."""
+    """Make all parameters of a module trainable again, and return the module."""
     return module.requires_grad_(True)
 
 
 def count_parameters(model: nn.Module, trainable_only: bool = True) -> int:
-    """Return the number of parameter values, shared ones once; with `trainable_only=False` frozen ones too."""
+    """Return the number of parameter values; `trainable_only=False` includes frozen ones. Shared ones count once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
 def count_parameters_by_layer(model: nn.Module, verbose: bool = True) -> dict[str, int]:
     """Return {layer name: number of parameter values}, frozen ones included, in the model's order.
 
-    Shared parameters count once, at their first layer, so that the sum is `count_parameters(model, False)`. Parameters
-    of the model itself stand under the name "". With `verbose` it prints a table with the sizes in FP32 and FP16; KB is
-    1000 bytes. Buffers, such as BatchNorm's running statistics, are not counted.
+    Shared parameters count at their first layer, so that the sum is `count_parameters(model, False)`. Parameters that
+    belong to the model itself have the name "". `verbose` prints a table with the sizes in FP32 and FP16, in KB of 1000
+    bytes. Buffers, such as BatchNorm's running statistics, are not counted.
     """
     counts: dict[str, int] = {}
-    kinds: dict[str, str] = {}
+    rows: list[tuple[str, str, int]] = []  # (layer, type, parameters), as printed
     seen: set[Tensor] = set()
     for name, layer in model.named_modules():
         own = [p for p in layer.parameters(recurse=False) if p not in seen]
@@ -402,126 +439,37 @@ def count_parameters_by_layer(model: nn.Module, verbose: bool = True) -> dict[st
             seen.update(own)
             counts[name] = sum(p.numel() for p in own)
             frozen = "" if any(p.requires_grad for p in own) else " (frozen)"
-            kinds[name] = type(layer).__name__ + frozen
+            rows.append((name or "(model)", type(layer).__name__ + frozen, counts[name]))
     if verbose:
-        _print_table(counts, kinds)
+        rows.append(("total", "", sum(counts.values())))
+        name_width = max(5, *(len(name) for name, _, _ in rows))
+        kind_width = max(4, *(len(kind) for _, kind, _ in rows))
+        print(f"{'layer':<{name_width}}  {'type':<{kind_width}}  {'parameters':>12}  {'FP32 KB':>12}  {'FP16 KB':>12}")
+        for name, kind, count in rows:
+            sizes = f"{count * 4 / 1000:>12,.1f}  {count * 2 / 1000:>12,.1f}"
+            print(f"{name:<{name_width}}  {kind:<{kind_width}}  {count:>12,}  {sizes}")
     return counts
-
-
-def _print_table(counts: Mapping[str, int], kinds: Mapping[str, str]) -> None:
-    rows = [(name or "(model)", kinds[name], count) for name, count in counts.items()]
-    rows.append(("total", "", sum(counts.values())))
-    name_width = max(len("layer"), *(len(name) for name, _, _ in rows))
-    kind_width = max(len("type"), *(len(kind) for _, kind, _ in rows))
-    print(f"{'layer':<{name_width}}  {'type':<{kind_width}}  {'parameters':>12}  {'FP32 KB':>12}  {'FP16 KB':>12}")
-    for name, kind, count in rows:
-        sizes = f"{count * 4 / 1000:>12,.1f}  {count * 2 / 1000:>12,.1f}"
-        print(f"{name:<{name_width}}  {kind:<{kind_width}}  {count:>12,}  {sizes}")
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def _mlp_block(n: int, m: int, dropout: float) -> list[nn.Module]:
-    return [nn.Linear(n, m), nn.BatchNorm1d(m), nn.ReLU(), nn.Dropout(dropout)]
-
-
-def _conv(n: int, m: int, pool: bool = False) -> list[nn.Module]:
-    """Convolution → BatchNorm → ReLU → pool; the last two give the same values in either order, this one is cheaper."""
-    return [nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), *_pool(pool), nn.ReLU()]
-
-
-def _plain_conv(n: int, m: int, kernel: int = 3, stride: int = 1, pool: bool = False) -> list[nn.Module]:
-    """Convolution without padding → pool → BatchNorm → ReLU, which have less to do after the pool than before it."""
-    conv = nn.Conv2d(n, m, kernel, stride, bias=False)  # BatchNorm would take a bias away again
-    return [conv, *_pool(pool), nn.BatchNorm2d(m), nn.ReLU()]
-
-
-def _pool(pool: bool) -> list[nn.Module]:
-    return [nn.MaxPool2d(2)] if pool else []
-
-
-def _double_conv(n: int, m: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(*_conv(n, m), *_conv(m, m, pool=True), nn.Dropout2d(dropout))
-
-
-def _classifier(features: int, hidden: int, num_classes: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, num_classes))
-
-
-def _kaiming(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def _mean_prediction(predictions: list[Tensor]) -> Tensor:
+    """Return the log of the mean probability of logits (B, C) with C >= 2, and the mean of any other outputs."""
+    outputs = torch.stack(predictions)  # (M, B, C), or (M, ...)
+    if outputs.ndim == 3 and outputs.shape[2] >= 2:
+        return outputs.log_softmax(-1).logsumexp(0) - math.log(len(predictions))  # (B, C)
+    return outputs.mean(0)
 
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or size < 1:
             raise ValueError(f"expected {name} to be a positive integer, got {size!r}")
 
 
 def _check_image_model(num_classes: int, in_channels: int, image_size: int, smallest: int = 4) -> None:
     _check_sizes(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-    if image_size % 4:
-        raise ValueError(f"expected image_size to be a multiple of 4 (two poolings halve it), got {image_size}")
-    if image_size < smallest:
-        raise ValueError(
-            f"expected image_size to be at least {smallest} (this network shrinks it to nothing), got {image_size}; "
-            "take larger images, or mnistnet or cnn, which take smaller ones"
-        )
-
-
-# The checks read shapes and dtypes only, so they cost no device sync and leave a dynamic batch dynamic. `torch.fx.wrap`
-# keeps them as one call in a symbolic trace; the deprecated `torch.jit.trace` would warn about each of them.
-
-
-def _flat_features(x: Tensor, features: int) -> Tensor:
-    _check_features(x, features)
-    return x.flatten(1)
-
-
-@torch.fx.wrap
-def _check_features(x: Tensor, features: int) -> None:
-    if torch.jit.is_tracing():
-        return
-    _check_floats(x)
-    values = 1
-    for size in x.shape[1:]:
-        values *= size
-    if x.ndim < 2 or values != features:
-        raise ValueError(
-            f"expected input of shape (B, {features}), or (B, ...) of {features} values each, got {list(x.shape)};"
-            " a single sample needs a batch dimension: x.unsqueeze(0)"
-        )
-
-
-@torch.fx.wrap
-def _check_images(x: Tensor, channels: int, size: int) -> None:
-    if torch.jit.is_tracing():
-        return
-    _check_floats(x)
-    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] != size or x.shape[3] != size:
-        raise ValueError(
-            f"expected images of shape (B, {channels}, {size}, {size}), got {list(x.shape)};"
-            " a single image needs a batch dimension: x.unsqueeze(0)"
-        )
-
-
-@torch.fx.wrap
-def _check_floats(x: Tensor) -> None:
-    if not (x.is_floating_point() or x.is_quantized):
-        raise ValueError(f"expected floating-point input, got {x.dtype}; convert images of 0..255 with x.float() / 255")
-
-
-@torch.fx.wrap
-def _check_same_classes(outputs: list[Tensor]) -> None:
-    if torch.jit.is_tracing():
-        return
-    for output in outputs:
-        if output.shape[-1] != outputs[0].shape[-1]:
-            raise ValueError(
-                f"expected models with one number of classes, got {outputs[0].shape[-1]} and {output.shape[-1]}"
-            )
+    if image_size % 4 or image_size < smallest:
+        raise ValueError(f"expected image_size to be a multiple of 4 and at least {smallest}, got {image_size}")

@@ -1,22 +1,28 @@
-"""GradientMonitor: are gradients and updates healthy? One transfer from the device per report, however many parameters.
+"""Is the training healthy? GradientMonitor judges gradients and steps; find_nonfinite names the module that made a NaN.
 
-This file imports nothing but torch and can be copied away alone.
+This file imports nothing but torch and can be copied alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
+import random
 import sys
-import weakref
-from typing import Any, TypedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.optim import Optimizer
 
 PROBLEMS = {  # worst first, with what to do
-    "non-finite": "look at the data and the loss, lower the learning rate; trace_nonfinite names the module",
+    "non-finite": "look at the data and the loss, lower the learning rate; find_nonfinite names the module",
     "too high": "lower the learning rate, or warm it up",
     "spike": "clip the gradient (clip_norm=1), look at that batch",
     "exploding": "clip the gradient (clip_norm=1), lower the learning rate",
@@ -25,430 +31,462 @@ PROBLEMS = {  # worst first, with what to do
     "vanishing": "other activations (ReLU, GELU), normalisation or residual connections, other initialisation",
 }
 VERDICTS = (*PROBLEMS, "zero so far", "ok", "no gradient", "frozen")
-_UNIT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # row i of their weights feeds output unit i
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
-
-
-class GradientRecord(TypedDict):
-    """What is known of one parameter; the numbers are None where it has no gradient (`grad is None`, or frozen)."""
-
-    mean: float | None
-    std: float | None  # of the sample: divided by n - 1
-    max: float | None
-    min: float | None
-    norm: float | None  # Euclidean
-    has_nan: bool
-    has_inf: bool
-    weight_norm: float | None
-    grad_weight_ratio: float | None  # None also where the weights are all zero
-    update_ratio: float | None  # norm of the step over norm of the weights before it, if the step was watched
-    dead_share: float | None  # share of the units whose gradient was zero in the last `patience` reports
-    verdict: str  # one of VERDICTS
+NUMBERS = ("mean", "std", "max", "min", "norm", "weight_norm", "grad_weight_ratio", "dead_share", "update_ratio")
+UNIT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # row i of their weights feeds output unit i
 
 
 @dataclasses.dataclass
-class _Past:
-    """Of one parameter, over the earlier reports."""
+class History:
+    """What the earlier reports found for one parameter."""
 
-    norms: list[float] = dataclasses.field(default_factory=list)
-    updates: list[float] = dataclasses.field(default_factory=list)
-    highest: float = 0.0
+    norms: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=100))
+    updates: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=5))
     zeros: int = 0  # reports in a row with a gradient of exactly zero
-    began_at_zero: bool | None = None
+    silent: Tensor | int = 0  # (units,): reports in a row without a gradient
+    began_at_zero: bool = False  # such weights may grow fast
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class GradientMonitor:
-    """Reports on the gradients of `model`, and with `optimizer` on its steps: the first three and every `every`-th.
+    """Report on the gradients of `model` and the steps of its optimizer.
 
-    Alone: `check_gradients()` or `print_gradient_report()` between backward and `zero_grad`. With an optimizer (or as
-    `Trainer(on_step_end=[monitor])`) its step hooks show what it really used: gradients after unscaling and clipping,
-    of whole windows of accumulation. As a call-back alone it meets the optimizer after the first step; give `optimizer`
-    here to see that one, too. A step that a scaler skips is not reported. Sharded parameters: this rank's part.
+    Without an optimizer, call `check_gradients()` or `print_gradient_report()` between backward and `zero_grad`. With
+    `optimizer`, or as `Trainer(on_step_end=[monitor])`, the monitor reports on the first three steps it sees and on
+    every `every`-th: on the gradients the optimizer used (whole windows, after unscaling and clipping) and on the
+    change they made. As a callback alone it sees the second step first. Sharded parameters: this rank's part.
 
-    The rules, for parameters of two and more dimensions where they compare with the weights (biases begin near zero):
-        too high: the step is above `max_update_ratio` of the weights' norm in the median of the last reports, or ten
-            times that at once; healthy is near 1e-3, and up to 0.1 in the first steps of Adam.
-        spike: the norm is `spike` times the median of its last `window` reports (at least 10), and its highest.
-        zero: exactly zero in `patience` reports in a row; before that `zero so far`, which is no problem yet.
-        dead units: at least `dead_share` of the outputs of a linear or convolution layer had a gradient of exactly zero
-            in `patience` reports in a row.
-        vanishing: the gradient-to-weight ratio is below `vanishing` of the model's largest.
-        exploding, also vanishing: norm above `max_norm` or below `min_norm`; off by default, since a run broken by its
-            learning rate can have smaller norms than a healthy one. The tutorials' values are 100 and 1e-7.
-
-    `verbose`: as a call-back, print a line to stderr when the verdict changes.
-    Attributes: `report` (the last one), `step` (of the optimizer), `problems` (verdict → where it was seen first).
+    The verdicts on a parameter. Those that compare with the weights look only at two and more dimensions:
+        non-finite: a gradient or weight is NaN or infinite.
+        too high: the step is above `max_update_ratio` of the weights' norm in the median of the last three to five
+            reports, or ten times that in one. Healthy is near 1e-3, and up to 0.1 in the first steps of Adam.
+        spike: the norm is `spike` times the median of the last 100 reports (of at least 10), and above all of them.
+        exploding: the norm is above `max_norm`. Off by default: a run broken by its learning rate can have smaller
+            gradients than a healthy one. Tutorials use 100, and 1e-7 for `min_norm`.
+        zero: the gradient was exactly zero in `patience` reports in a row; `zero so far` before that.
+        dead units: the same for at least 90% of the units of a linear or convolution layer.
+        vanishing: gradient over weight is below 1e-6 of the model's largest, or the norm is below `min_norm`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | None = None,
-        *,
-        every: int = 10,
-        max_update_ratio: float = 0.2,
-        spike: float = 10.0,
-        patience: int = 3,
-        dead_share: float = 0.9,
-        vanishing: float = 1e-6,
-        max_norm: float | None = None,
-        min_norm: float | None = None,
-        window: int = 100,
-        verbose: bool = True,
-    ) -> None:
-        for option, value in (("every", every), ("patience", patience), ("window", window)):
-            if value < 1:
-                raise ValueError(f"{option} must be at least 1, got {value}")
-        self.model, self.every, self.patience, self.window, self.verbose = model, every, patience, window, verbose
-        self.max_update_ratio, self.spike, self.dead_share, self.vanishing = (
-            max_update_ratio,
-            spike,
-            dead_share,
-            vanishing,
-        )
-        self.max_norm, self.min_norm = max_norm, min_norm
-        self.report: dict[str, GradientRecord] = {}
-        self.problems: dict[str, str] = {}
-        self.step = self._steps_seen = 0
-        self._past: dict[str, _Past] = {}
-        self._silent: dict[torch.device, tuple[tuple[str, ...], Tensor]] = {}  # reports in a row, per unit
-        self._seen: list[tuple[weakref.ref, int]] = []  # the gradients of the last report, and their versions
-        self._watched: _Watched | None = None
-        self._optimizer: Optimizer | None = None
+    model: nn.Module
+    optimizer: Optimizer | None = None
+    _: dataclasses.KW_ONLY
+    every: int = 10
+    max_update_ratio: float = 0.2
+    spike: float = 10.0
+    patience: int = 3
+    max_norm: float = math.inf
+    min_norm: float = 0.0
+    verbose: bool = True  # as a callback, print a line to stderr when the verdict changes
+
+    report: dict[str, dict[str, Any]] = dataclasses.field(init=False, default_factory=dict)  # the last one
+    problems: dict[str, str] = dataclasses.field(init=False, default_factory=dict)  # where each was seen first
+    step: int = dataclasses.field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.patience < 1:
+            raise ValueError(f"every and patience must be at least 1, got {self.every} and {self.patience}")
+        self._steps_seen = 0
+        self._history: dict[str, History] = {}
+        self._watched: dict[str, tuple[Tensor, Tensor]] = {}  # (row, weight) by name, from before the step
         self._handles: list[Any] = []
-        self._said = "healthy"
-        if optimizer is not None:
-            self.attach(optimizer)
+        self._announced: set[str] = set()
+        if self.optimizer is not None:
+            self.attach(self.optimizer)
 
-    # ------------------------------------------------------------------------------------------------------------- use
+    def check_gradients(self) -> dict[str, dict[str, Any]]:
+        """Return {parameter: record}: of the last watched step if there is one, else of the gradients there are now.
 
-    def check_gradients(self) -> dict[str, GradientRecord]:
-        """The record of each parameter by name, of the gradients there are now; after `zero_grad` of the last report.
-
-        The same gradients are counted once, however often one asks. One transfer from the device.
+        A record holds `mean`, `std` (n - 1), `max`, `min` (both ignore NaN), `norm`, `weight_norm`,
+        `grad_weight_ratio`, `update_ratio` (norm of the step over norm of the weights), `dead_share`: floats, None
+        where there is no value; `has_nan`, `has_inf`: bools; `verdict`. The device is read once. Each call without
+        a watched optimizer counts as a report.
         """
-        grads = [p.grad for p in _bare(self.model).parameters() if p.grad is not None]
-        same = len(grads) == len(self._seen) and all(
-            ref() is grad and version == grad._version for grad, (ref, version) in zip(grads, self._seen, strict=True)
-        )
-        if self.report and (same or not grads):
-            return self.report
-        with torch.no_grad():
-            return self._finish(self._measure())
+        if self.optimizer is None or not self.report:
+            self._finish(self._measure())
+        return self.report
 
     def print_gradient_report(self) -> None:
-        """Prints `format_report()`."""
-        print(self.format_report())
-
-    def format_report(self) -> str:
-        """The table of `check_gradients()`, worst first, and the verdict on the model."""
+        """Print the table of `check_gradients()`, worst first, and the verdict on the model."""
         report = self.check_gradients()
         width = max([9, *map(len, report)])
-        titles = ("norm", "mean", "std", "min", "max", "grad/weight", "step/weight")
-        lines = [f"{'parameter':{width}}" + "".join(f"{title:>12}" for title in titles) + "  verdict"]
+        keys = ("norm", "mean", "std", "min", "max", "grad_weight_ratio", "update_ratio")
+        titles = (*keys[:5], "grad/weight", "step/weight")
+        print(f"{'parameter':{width}}" + "".join(f"{title:>12}" for title in titles) + "  verdict")
         for name, record in sorted(report.items(), key=lambda item: VERDICTS.index(item[1]["verdict"])):
-            keys = ("norm", "mean", "std", "min", "max", "grad_weight_ratio", "update_ratio")
-            cells = "".join(f"{_short(record[key]):>12}" for key in keys)  # type: ignore[literal-required]
-            lines.append(f"{name:{width}}{cells}  {record['verdict']}{_details(record)}")
-        return "\n".join([*lines, f"model: {self.verdict}"])
+            cells = ["-" if record[key] is None else f"{record[key]:.3g}" for key in keys]
+            print(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells) + f"  {record['verdict']}")
+        print(f"model: {self.verdict}")
 
     @property
     def verdict(self) -> str:
-        """One line on the model: `healthy`, or what is wrong, where and what to do; then what was wrong before."""
-        found = [(name, record["verdict"]) for name, record in self.report.items() if record["verdict"] in PROBLEMS]
-        if not any(record["norm"] is not None for record in self.report.values()):
-            now = "no gradient to judge: call this after backward"
-        elif not found:
-            now = "healthy"
-        else:
-            worst = min((verdict for _, verdict in found), key=VERDICTS.index)
-            names = [name for name, verdict in found if verdict == worst]
+        """Return one line: `healthy`, or the worst problem, where and what to do; then the run's other problems."""
+        worst = min((record["verdict"] for record in self.report.values()), key=VERDICTS.index, default="frozen")
+        if worst in ("no gradient", "frozen"):
+            return "no gradient to judge: call this after backward"
+        text = "healthy"
+        if worst in PROBLEMS:
+            names = [name for name, record in self.report.items() if record["verdict"] == worst]
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            now = f"{worst} ({names[0]}{more}): {PROBLEMS[worst]}"
-        before = [verdict for verdict in self.problems if not now.startswith(verdict)]
-        if not before:
-            return now
-        seen = ", ".join(f"{verdict} ({self.problems[verdict]})" for verdict in before)
-        advice = f": {PROBLEMS[min(before, key=VERDICTS.index)]}" if now == "healthy" else ""
-        return f"{'nothing wrong now' if now == 'healthy' else now}; seen in this run: {seen}{advice}"
+            text = f"{worst} ({names[0]}{more}): {PROBLEMS[worst]}"
+        others = [f"{verdict} ({where})" for verdict, where in self.problems.items() if verdict != worst]
+        return text + (f"; seen in this run: {', '.join(others)}" if others else "")
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Watches the steps of `optimizer`, instead of another one's."""
+        """Watch the steps of `optimizer`, and of no other."""
         self.detach()
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
 
     def detach(self) -> None:
-        """Watches no steps any more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._optimizer, self._watched = [], None, None
+        """Stop watching."""
+        self.optimizer = None
+        while self._handles:
+            self._handles.pop().remove()
 
     def __call__(self, trainer: Any) -> None:
-        """As `Trainer(on_step_end=[monitor])`: watches that trainer's optimizer and tells what changes."""
-        if self._optimizer is not trainer.optimizer:
+        """Watch `trainer.optimizer`, and print the verdict if it changed; for `Trainer(on_step_end=[monitor])`."""
+        if self.optimizer is not trainer.optimizer:
             self.attach(trainer.optimizer)
         self.step = trainer.step
-        kinds = sorted({record["verdict"] for record in self.report.values()} & PROBLEMS.keys(), key=VERDICTS.index)
-        said = ", ".join(kinds) or "healthy"
-        if self.verbose and said != self._said:
+        problems = {record["verdict"] for record in self.report.values()} & PROBLEMS.keys()
+        if self.verbose and problems != self._announced:
             print(f"gradients at step {self.step}: {self.verdict}", file=sys.stderr)
-        self._said = said
+        self._announced = problems
 
-    # ---------------------------------------------------------------------------------------------- at a step and after
-
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(self, *_: Any) -> None:
         self.step += 1
-        self._watched = None
         self._steps_seen += 1
-        if self._steps_seen > 3 and self.step % self.every:  # a rate far too high shows at once, later perhaps not
-            return
-        with torch.no_grad():
-            watched = self._measure()
-            watched.scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer that unscales by itself
-            watched.skipped = getattr(optimizer, "found_inf", None)
-            # copies of the weights, in few calls
-            watched.before = [list(torch._foreach_mul(group.weights, 1)) for group in watched.groups]
-        self._watched = watched
+        # a rate far too high shows in the first steps, and perhaps not later
+        if self._steps_seen <= 3 or self.step % self.every == 0:
+            rows, parameters = self._measure(), dict(unwrap(self.model).named_parameters())
+            self._watched = {name: (row, parameters[name].detach().clone()) for name, row in rows.items()}
 
-    def _after_step(self, *_: Any) -> None:
-        watched, self._watched = self._watched, None
-        if watched is not None:
-            with torch.no_grad():
-                self._finish(watched)
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        parameters, rows = dict(unwrap(self.model).named_parameters()), {}
+        for name, (row, before) in self._watched.items():
+            change = vector_norm(real_values(parameters[name] - before))
+            rows[name] = torch.cat([row[:-1], (change.float() / row[5]).reshape(1)])
+        self._watched = {}
+        overflow = getattr(optimizer, "found_inf", None)  # a GradScaler lets fused optimizers skip the step themselves
+        if rows and not (overflow is not None and overflow.item()):
+            self._finish(rows)
 
-    def _measure(self) -> _Watched:
-        """Statistics of all gradients, still on their devices."""
-        found: dict[torch.device, _Group] = {}
-        bare = _bare(self.model)
-        layers = {id(module.weight) for module in bare.modules() if isinstance(module, _UNIT_LAYERS)}
-        seen = []
-        for name, parameter in bare.named_parameters():
-            if parameter.grad is None or not parameter.numel():
+    @torch.no_grad()
+    def _measure(self) -> dict[str, Tensor]:
+        """Return NUMBERS as a row (9,) for each parameter with a gradient, on its device; the last one is unknown."""
+        model, rows = unwrap(self.model), {}
+        with_units = {id(module.weight) for module in model.modules() if isinstance(module, UNIT_LAYERS)}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None or not real_values(parameter).numel():
                 continue
-            seen.append((weakref.ref(parameter.grad), parameter.grad._version))
-            grad, weight = _local(parameter.grad), _local(parameter.detach())
-            group = found.setdefault(weight.device, _Group())
-            group.names.append(name)
-            group.sizes.append(weight.numel() * (2 if weight.is_complex() else 1))
-            group.weights.append(weight)
-            group.values.append(_values(grad))
-            if id(parameter) in layers and not grad.is_sparse:
-                group.unit_names.append(name)
-                group.unit_grads.append(grad)
-        self._seen = seen
-        for device, group in found.items():
-            group.rows = _rows(group.values, [_values(weight) for weight in group.weights])
-            group.counts = [value.numel() for value in group.values]
-            group.dead = self._dead_shares(device, group.unit_names, group.unit_grads)
-            group.values = group.unit_grads = []  # hold no gradient longer than needed
-        return _Watched(list(found.values()))
+            grad, history = real_values(parameter.grad), self._history.setdefault(name, History())
+            mean = grad.mean()
+            std = vector_norm(grad - mean) / math.sqrt(max(grad.numel() - 1, 1))  # torch.std: 4 times as long on a CPU
+            low, high = grad.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).aminmax()
+            norm, weight_norm = vector_norm(grad), vector_norm(real_values(parameter)).to(grad.dtype)
+            dead_share = unknown = grad.new_full((), math.nan)
+            if id(parameter) in with_units:  # a unit that never fires gets no gradient: its row is zero
+                silent = grad.flatten(1).abs().amax(1) == 0  # (units,)
+                history.silent = (history.silent + 1) * silent
+                dead_share = (history.silent >= self.patience).to(grad.dtype).mean()
+            row = [mean, std, high, low, norm, weight_norm, norm / weight_norm, dead_share, unknown]
+            rows[name] = torch.stack(row).float()
+        return rows
 
-    def _dead_shares(self, device: torch.device, names: list[str], grads: list[Tensor]) -> list[Tensor]:
-        """Per layer the share of units without gradient in `patience` reports in a row, () each, on the device.
+    def _finish(self, rows: dict[str, Tensor]) -> None:
+        """Read `rows` from the device, and make the report."""
+        device = next((row.device for row in rows.values()), torch.device("cpu"))
+        table = torch.stack([row.to(device) for row in rows.values()]).tolist() if rows else []
+        known = dict(zip(rows, table, strict=True))
+        parameters = dict(unwrap(self.model).named_parameters())
+        self.report = {name: make_record(known.get(name), p.requires_grad) for name, p in parameters.items()}
+        # biases and the like begin near zero: comparing with them tells nothing
+        ratios = {name: self.report[name]["grad_weight_ratio"] for name in known if parameters[name].dim() > 1}
+        largest = max((ratio for ratio in ratios.values() if ratio is not None), default=0.0)
+        for name in known:
+            verdict = self._judge(self.report[name], self._history[name], largest if name in ratios else None)
+            self.report[name]["verdict"] = verdict
+            if verdict in PROBLEMS:
+                self.problems.setdefault(verdict, f"{name}, step {self.step}" if self.optimizer else name)
 
-        A unit that never fires, through whatever activation, gets no gradient: its row of the weight's is zero.
-        """
-        if not names:
-            return []
-        largest = [grad.abs().amax(tuple(range(1, grad.dim()))) for grad in grads]  # (units,) each
-        silent = torch.cat(largest) == 0
-        known, counts = self._silent.get(device, ((), silent.new_zeros((), dtype=torch.int32)))
-        if known != tuple(names):
-            counts = torch.zeros_like(silent, dtype=torch.int32)
-        counts = (counts + 1) * silent
-        self._silent[device] = (tuple(names), counts)
-        return [part.mean() for part in (counts >= self.patience).float().split([len(g) for g in grads])]
-
-    def _finish(self, watched: _Watched) -> dict[str, GradientRecord]:
-        """The transfer, the records and the verdicts."""
-        rows, skipped = _fetch(watched)
-        if skipped:
-            return self.report
-        report: dict[str, GradientRecord] = {}
-        for name, parameter in _bare(self.model).named_parameters():
-            report[name] = _record(*rows[name]) if name in rows else _without_gradient(parameter.requires_grad)
-        matrices = {name for name, p in _bare(self.model).named_parameters() if p.dim() > 1}
-        ratios = [record["grad_weight_ratio"] for name, record in report.items() if name in matrices]
-        largest = max((ratio for ratio in ratios if ratio is not None and math.isfinite(ratio)), default=0.0)
-        for name in rows:
-            past = self._past.setdefault(name, _Past())
-            report[name]["verdict"] = self._judge(report[name], past, largest if name in matrices else None)
-            _remember(report[name], past, self.window)
-        self.report = report
-        for name, record in report.items():
-            if record["verdict"] in PROBLEMS:
-                where = f"{name}, step {self.step}" if self._optimizer else name
-                self.problems.setdefault(record["verdict"], where)
-        return report
-
-    def _judge(self, record: GradientRecord, past: _Past, largest: float | None) -> str:
-        """The verdict on one parameter; `largest` ratio in the model, or None for biases and the like."""
-        norm, weight, update = record["norm"] or 0.0, record["weight_norm"] or 0.0, record["update_ratio"]
-        if past.began_at_zero is None:
-            past.began_at_zero = weight == 0
-        past.zeros = past.zeros + 1 if record["max"] == record["min"] == 0 else 0
-        if record["has_nan"] or record["has_inf"] or not math.isfinite(weight):
+    def _judge(self, record: dict[str, Any], history: History, largest: float | None) -> str:
+        """Return the verdict on one parameter; `largest` is the model's gradient-to-weight ratio, None for biases."""
+        norm, update, relative = record["norm"], record["update_ratio"], record["grad_weight_ratio"]
+        if record["has_nan"] or record["has_inf"] or not math.isfinite(record["weight_norm"]):
             return "non-finite"
-        if update is not None and largest is not None and not past.began_at_zero:
-            recent = [*past.updates[-4:], update]
-            if update > 10 * self.max_update_ratio or (len(recent) >= 3 and _median(recent) > self.max_update_ratio):
+        earlier = list(history.norms)
+        history.norms.append(norm)
+        history.zeros = history.zeros + 1 if record["max"] == record["min"] == 0 else 0
+        history.began_at_zero = history.began_at_zero or record["weight_norm"] == 0
+        if update is not None and largest is not None and not history.began_at_zero:
+            history.updates.append(update)
+            usual = median(history.updates) if len(history.updates) >= 3 else 0.0
+            if usual > self.max_update_ratio or update > 10 * self.max_update_ratio:
                 return "too high"
-        if len(past.norms) >= 10 and norm > past.highest and norm > self.spike * _median(past.norms) > 0:
+        if len(earlier) >= 10 and norm > max(earlier) and norm > self.spike * median(earlier) > 0:
             return "spike"
-        if self.max_norm is not None and norm > self.max_norm:
+        if norm > self.max_norm:
             return "exploding"
-        if past.zeros:
-            return "zero" if past.zeros >= self.patience else "zero so far"
-        if (record["dead_share"] or 0.0) + 1e-6 >= self.dead_share:  # its mean is float32
+        if history.zeros:
+            return "zero" if history.zeros >= self.patience else "zero so far"
+        if record["dead_share"] is not None and record["dead_share"] > 0.9 - 1e-6:  # it is float32
             return "dead units"
-        low = largest is not None and (record["grad_weight_ratio"] or largest) < self.vanishing * largest
-        return "vanishing" if low or (self.min_norm is not None and norm < self.min_norm) else "ok"
+        if norm < self.min_norm or (largest is not None and relative is not None and relative < 1e-6 * largest):
+            return "vanishing"
+        return "ok"
 
 
-@dataclasses.dataclass
-class _Group:
-    """The parameters of one device that have a gradient."""
-
-    names: list[str] = dataclasses.field(default_factory=list)
-    sizes: list[int] = dataclasses.field(default_factory=list)  # real numbers in the parameter
-    counts: list[int] = dataclasses.field(default_factory=list)  # elements stored: fewer in a sparse gradient
-    weights: list[Tensor] = dataclasses.field(default_factory=list)
-    values: list[Tensor] = dataclasses.field(default_factory=list)
-    unit_names: list[str] = dataclasses.field(default_factory=list)
-    unit_grads: list[Tensor] = dataclasses.field(default_factory=list)
-    rows: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # (parameters, 6)
-    dead: list[Tensor] = dataclasses.field(default_factory=list)
+def make_record(row: list[float] | None, trainable: bool) -> dict[str, Any]:
+    """Return the record of one parameter, from None if it has no gradient."""
+    if row is None:
+        verdict = "no gradient" if trainable else "frozen"
+        return dict.fromkeys(NUMBERS) | {"has_nan": False, "has_inf": False, "verdict": verdict}
+    record: dict[str, Any] = dict(zip(NUMBERS, row, strict=True))
+    for key in NUMBERS[6:]:  # not known, or divided by the norm of weights that are all zero
+        record[key] = record[key] if math.isfinite(record[key]) else None
+    record["has_nan"] = math.isnan(record["norm"])
+    record["has_inf"] = math.isinf(record["max"]) or math.isinf(record["min"])
+    return record
 
 
-@dataclasses.dataclass
-class _Watched:
-    groups: list[_Group]
-    before: list[list[Tensor]] | None = None  # the weights before the step, per group
-    scale: Tensor | None = None
-    skipped: Tensor | None = None
+def real_values(tensor: Tensor) -> Tensor:
+    """Return this rank's values as dense real numbers of at least 32 bits: half precision overflows in a norm."""
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """Without the wrappers, so that names have no `module.` or `_orig_mod.` before them."""
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside DDP, DataParallel, AveragedModel and torch.compile, whose names have no prefix."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
     inner: Any = model
-    while isinstance(inner, _WRAPPERS) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, _WRAPPERS) else inner._orig_mod
+    while isinstance(inner, wrappers) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, wrappers) else inner._orig_mod
     return inner
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def check_nan_inf(tensor: Tensor, name: str = "tensor") -> bool:
+    """Return whether `tensor` holds a NaN or infinite value; if so, print how many and where the first is."""
+    text = count_nonfinite(tensor)
+    if text:
+        print(f"{name}: {text}")
+    return bool(text)
 
 
-def _values(tensor: Tensor) -> Tensor:
-    """The real numbers stored in `tensor`, at least float32: norms overflow early in half precision."""
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-        tensor = tensor if tensor.numel() else tensor.new_zeros(1)
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+def find_nonfinite(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
+    """Replay a batch and return a line that names the module which made the first NaN or infinite value, or None.
 
+    `run()` calls the model and returns the loss, a single number. If that is finite, its gradients are computed too, by
+    `torch.autograd.grad`: no `.grad` changes, and no other process is waited for if `run` calls the unwrapped model.
 
-def _rows(values: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """(parameters, 6) on the device: sum without NaN, norm of the deviations from the mean, min, max, norm, of weights.
+    In the forward pass, the module is the innermost one whose outputs are worse than its inputs (infinite or NaN).
+    Values that end inside an enclosing module, such as a mask of -inf before a softmax, are taken as intended. In the
+    backward pass, it is the innermost one whose gradients are finite at its outputs and not at its inputs. A module
+    that contains others is named for what it does between them. Slow: it waits for the device at each module.
 
-    `torch.var_mean` would take twenty times as long on a CPU.
+    Afterwards, buffers, modes and other attributes of the modules and the random states of torch and Python are as
+    before. Dropout draws anew, so a value that came by chance may not come again. Reentrant activation checkpointing
+    raises torch's RuntimeError in the backward pass.
     """
-    wide = torch.float32 if values[0].device.type == "mps" else torch.float64
-    sums = [value.nansum(dtype=wide) for value in values]  # infinite only if a value is, even where others are NaN
-    ranges = [torch.aminmax(value) for value in values]
-    columns = [
-        sums,
-        [torch.linalg.vector_norm(value - total / value.numel()) for value, total in zip(values, sums, strict=True)],
-        [low for low, _ in ranges],
-        [high for _, high in ranges],
-        torch._foreach_norm(values, 2),
-        torch._foreach_norm(weights, 2),
-    ]
-    return torch.stack([torch.stack(list(column)).to(wide) for column in columns], dim=1)
+    inner = unwrap(model)
+    parameters = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    watch = Watch(inner)
+    with unchanged(inner), torch.compiler.set_stance("force_eager"), torch.enable_grad(), watch:
+        loss = run()
+        if severity(loss):
+            return watch.forward_culprit()
+        if not parameters or not loss.requires_grad:
+            return None
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        if watch.first_bad is not None:
+            return watch.backward_culprit()
+        bad = [name for name, grad in zip(parameters, grads, strict=True) if severity(grad)]
+        return f"the gradients of {', '.join(bad[:3])} alone are not finite" if bad else None
 
 
-def _fetch(watched: _Watched) -> tuple[dict[str, tuple[list[float], int, int]], bool]:
-    """The one transfer: per parameter its row, elements and stored elements; and whether a scaler skipped the step."""
-    tables, target = [], torch.device("cpu")
-    for i, group in enumerate(watched.groups):
-        target = group.rows.device if target.type == "cpu" else target
-        extra = torch.full((len(group.names), 3), math.nan, dtype=group.rows.dtype, device=group.rows.device)
-        if watched.before is not None:
-            changes = [_values(step) for step in torch._foreach_sub(group.weights, watched.before[i])]
-            extra[:, 0] = torch.stack(list(torch._foreach_norm(changes, 2)))
-        for name, share in zip(group.unit_names, group.dead, strict=True):
-            extra[group.names.index(name), 1] = share
-        extra[:, 2] = 0 if watched.skipped is None else watched.skipped.to(extra.device)
-        rows = group.rows
-        if watched.scale is not None:
-            scale = watched.scale.to(rows)
-            rows = torch.cat([rows[:, :5] / scale, rows[:, 5:]], dim=1)
-        tables.append(torch.cat([rows, extra], dim=1))
-    if not tables:
-        return {}, False
-    table = torch.cat([part.to(target) for part in tables]).tolist()
-    names = [name for group in watched.groups for name in group.names]
-    sizes = [size for group in watched.groups for size in group.sizes]
-    counts = [count for group in watched.groups for count in group.counts]
-    return dict(zip(names, zip(table, sizes, counts, strict=True), strict=True)), bool(table[0][8])
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of a module."""
+
+    who: str
+    module: nn.Module
+    parent: Call | None  # the call it was made in
+    inputs: str  # described
+    given: int  # severity of its inputs
+    outputs: str = ""
+    gave: int = 0  # severity of its outputs
+    bad_gradient: bool = False  # a gradient of its outputs is not finite
+
+    def reached_outside(self) -> bool:
+        """Return whether what it gave, or worse, came out of all the calls around it."""
+        return self.parent is None or (self.parent.gave >= self.gave and self.parent.reached_outside())
+
+    def made(self) -> str:
+        """Return what this call made, and which of the module's own values may be the reason."""
+        bad = [name for name, parameter in self.module.named_parameters() if severity(parameter)]
+        bad += [name for name, buffer in self.module.named_buffers() if severity(buffer) == 2]  # -inf may be a mask
+        holding = f", which holds NaN or infinity in {', '.join(bad[:3])}," if bad else ""
+        what = "NaN" if self.gave == 2 else "infinite value"
+        return f"{self.who}{holding} made the first {what}: it was given {self.inputs} and gave {self.outputs}"
 
 
-def _record(row: list[float], size: int, count: int) -> GradientRecord:
-    total, deviation, low, high, norm, weight_norm, change, dead, _ = row
-    has_nan = math.isnan(low)
-    norm = norm if has_nan else max(norm, -low, high)  # squares of tiny numbers are zero in float32
-    mean = math.nan if has_nan else total / size
-    if count < size:  # sparse: what is not stored is zero
-        low, high = min(low, 0.0), max(high, 0.0)
-        deviation = math.sqrt(max(norm * norm - size * mean * mean, 0.0)) if math.isfinite(norm) else math.nan
-    return {
-        "mean": mean,
-        "std": deviation / math.sqrt(max(size - 1, 1)),
-        "max": high,
-        "min": low,
-        "norm": norm,
-        "has_nan": has_nan,
-        "has_inf": not math.isfinite(total),
-        "weight_norm": weight_norm,
-        "grad_weight_ratio": norm / weight_norm if weight_norm else None,
-        "update_ratio": None if math.isnan(change) or not weight_norm else change / weight_norm,
-        "dead_share": None if math.isnan(dead) else dead,
-        "verdict": "ok",
-    }
+class Watch:
+    """Watch forward and backward of `model` through hooks, within a `with` block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.open: list[Call] = []  # the calls that have not ended, outermost first
+        self.ended: list[Call] = []
+        self.first_bad: Call | None = None  # where the first bad gradient was seen, at an input or output
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for name, module in self.model.named_modules():
+            kind = type(module).__name__
+            who = f"module {name!r} ({kind})" if name else f"the model itself ({kind})"
+            self.handles.append(module.register_forward_pre_hook(functools.partial(self.enter, who), with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self.leave))
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def enter(self, who: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        before = sum(call.module is module for call in self.ended)
+        who += f" in call {before + 1}" if before else ""
+        given = (args, kwargs)  # described now, since the module may change them in place
+        call = Call(who, module, self.open[-1] if self.open else None, describe(given), severity(given))
+        self.open.append(call)
+        aliases: dict[int, Tensor] = {}
+
+        def own(value: Any) -> Any:
+            """Return a view of a tensor, whose gradient is this call's share of the tensor's gradient."""
+            if isinstance(value, Tensor) and value.requires_grad and value.layout == torch.strided:
+                value = aliases.setdefault(id(value), value.view_as(value))
+            self.watch_gradients(value, call, output=False)
+            return value
+
+        if not torch.is_grad_enabled():
+            return None
+        return tuple(map(own, args)), {key: own(value) for key, value in kwargs.items()}
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        while self.open[-1].module is not module:  # left by an exception that the model caught
+            self.open.pop()
+        call = self.open.pop()
+        call.outputs, call.gave = describe(output), severity(output)
+        self.ended.append(call)
+        self.watch_gradients(output, call, output=True)
+
+    def watch_gradients(self, value: Any, call: Call, output: bool) -> None:
+        """Note a gradient that is not finite. Hooks of tensors do so: those of modules forbid changes in place."""
+
+        def look(grad: Tensor) -> None:
+            if severity(grad):
+                self.first_bad = self.first_bad or call
+                call.bad_gradient = call.bad_gradient or output
+
+        for tensor in tensors(value):
+            if tensor.requires_grad and torch.is_grad_enabled():
+                self.handles.append(tensor.register_hook(look))
+
+    def forward_culprit(self) -> str:
+        """Return who made the first NaN, and who made an infinite value before it."""
+        culprits: dict[int, Call] = {}
+        for call in self.ended:  # inner ones end before those around them
+            if call.gave > max([call.given, *culprits]) and call.reached_outside():
+                culprits[call.gave] = call
+        if culprits:
+            return "; then ".join(call.made() for call in culprits.values())
+        last = "".join(f": {call.who} was given {call.inputs} and gave {call.outputs}" for call in self.ended[-1:])
+        return f"the loss is not finite{last}"
+
+    def backward_culprit(self) -> str:
+        """Return who made the first bad gradient: the innermost call around it whose outputs have finite gradients."""
+        call = self.first_bad
+        while call is not None and call.bad_gradient:
+            call = call.parent
+        if call is None:
+            return "the loss, or what else follows the model, made the first gradient that is not finite"
+        return f"{call.who} made the first gradient that is not finite; in the forward pass it was given {call.inputs}"
 
 
-def _without_gradient(trainable: bool) -> GradientRecord:
-    record: Any = dict.fromkeys(GradientRecord.__annotations__)
-    return record | {"has_nan": False, "has_inf": False, "verdict": "no gradient" if trainable else "frozen"}
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back, at the end, the attributes of all modules (buffers and modes among them) and the random states."""
+    dictionaries: list[dict] = []
+    for module in model.modules():
+        tables = [value for value in vars(module).values() if type(value) in (dict, OrderedDict)]
+        dictionaries += [vars(module), *tables]
+    contents = [dict(dictionary) for dictionary in dictionaries]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
+    kind = next((device.type for device in devices), "cuda")
+    python_state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices, device_type=kind):
+            yield
+    finally:
+        random.setstate(python_state)
+        for dictionary, content in zip(dictionaries, contents, strict=True):
+            dictionary.clear()
+            dictionary.update(content)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
-def _remember(record: GradientRecord, past: _Past, window: int) -> None:
-    norm, update = record["norm"], record["update_ratio"]
-    if norm is not None and math.isfinite(norm):
-        past.norms = [*past.norms, norm][-window:]
-        past.highest = max(past.highest, norm)
-    if update is not None and math.isfinite(update):
-        past.updates = [*past.updates, update][-window:]
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
 
 
-def _median(values: list[float]) -> float:
-    ordered, middle = sorted(values), len(values) // 2
-    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+def stored_values(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor, of a sparse one those it stores."""
+    tensor = tensor.detach()
+    if tensor.layout == torch.strided:
+        return tensor
+    return (tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor).values()
 
 
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def severity(value: Any) -> int:
+    """Return 2 if a tensor in `value` holds NaN, 1 if one holds an infinity, else 0."""
+    worst = 0
+    for tensor in tensors(value):
+        values = stored_values(tensor)
+        if not values.isfinite().all():
+            worst = max(worst, 2 if values.isnan().any() else 1)
+    return worst
 
 
-def _details(record: GradientRecord) -> str:
-    if record["verdict"] == "non-finite":
-        where = ["gradient"] if record["has_nan"] or record["has_inf"] else []
-        where += [] if math.isfinite(record["weight_norm"] or 0.0) else ["weights"]
-        return f" ({' and '.join(where)})"
-    return f" ({record['dead_share']:.0%})" if record["verdict"] == "dead units" else ""
+def count_nonfinite(tensor: Tensor) -> str:
+    """Return how many values are not finite and where the first is, "" if none."""
+    values = stored_values(tensor)
+    bad = ~values.isfinite()
+    if not bad.any():
+        return ""
+    nans = int(values.isnan().sum())
+    place = f", the first at {tuple(bad.nonzero()[0].tolist())}" if tensor.layout == torch.strided and bad.dim() else ""
+    return f"{nans} NaN and {int(bad.sum()) - nans} infinite of {tensor.numel()} values{place}"
+
+
+def describe(value: Any) -> str:
+    """Return shape, type and range of each tensor in `value`, or what is not finite in it."""
+    texts = []
+    for tensor in tensors(value):
+        text, values = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}", stored_values(tensor)
+        if bad := count_nonfinite(tensor):
+            text += f" with {bad}"
+        elif values.numel() and values.is_floating_point():
+            text += f" from {values.min():.3g} to {values.max():.3g}"
+        texts.append(text)
+    return " and ".join(texts) or "no tensor"

@@ -1,786 +1,946 @@
-"""Trainer: the loop of train, validate, save and stop, that can be interrupted anywhere and goes on exactly there.
+"""Trainer: train, validate, save and stop, with exact resume after an interruption at any moment.
 
-The way of one batch is `Trainer._train_epoch` → `_train_window` → `_gradient` → `_optimizer_step` → `_follow_step`.
-Under several processes each has its part of every batch, perhaps an empty one; all take the same steps and decisions.
+Read it from top to bottom, in the order in which things happen to a batch:
+
+    fit → train_one_epoch → windows → train_step → forward → compute_loss → backward → update (unscale, clip, step)
+        → schedule, averages → on_step_end → save
+        → validate → end_epoch: history, schedule, early stopping, best → on_epoch_end → save
+
+To train on other batches or with another loss, override `compute_loss`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import math
+import multiprocessing
 import os
-import time
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
-from torchbasics import distributed, parallel
-from torchbasics.checkpoint import FORMAT, CheckpointError, CheckpointFolder, bare_model, bare_name
-from torchbasics.cuda_graph import GRAPH_MODES, StepGraph, graph_refusal
-from torchbasics.device import branched_random_state, pick_precision, random_state, set_random_state
-from torchbasics.evaluation import (
-    BatchResult,
-    RunningMeans,
-    evaluate,
-    forward,
-    model_device,
-    outputs_of,
-    to_device,
-    with_empty_batches,
-    without_samples,
-)
-from torchbasics.interrupts import Interrupted, SignalNote
-from torchbasics.nonfinite import find_nonfinite
-from torchbasics.optim import clear_gradients, take_step
-from torchbasics.position import LoaderPosition, go_to, preserved_generators
+from . import checkpoint, distributed, evaluation
+from .device import autocast, pick_precision, preserved_random_state, random_state, set_random_state
+from .evaluation import Figure, Means
+from .monitors import find_nonfinite
 
-MONITORS = ("train_loss", "train_acc", "val_loss", "val_acc")
-NAN_POLICIES = ("stop", "skip", "ignore")
-# What a DataLoader raises when a worker has ended: torch's own error, or that of reading from nobody.
-WORKER_ENDED = (RuntimeError, EOFError, OSError)
-# What `resume` needs beside the keys of every checkpoint.
-SAVED: dict[str, type] = dict.fromkeys(("step", "batch", "first_epoch", "skipped"), int) | dict.fromkeys(
-    ("history", "running", "random_state", "position"), dict
-)
+Window = list[tuple[Any, float]]  # batches on the device, each with what its loss is a mean over
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; says where."""
+    """The loss, or a weight, became NaN or infinite. The message says where."""
+
+
+class Interrupted(Exception):
+    """A signal came. `fit` has saved everything at `checkpoint`; the usual exit code is 128 + `signum`."""
+
+    def __init__(self, signum: int, checkpoint: Path | None = None) -> None:
+        super().__init__(signum, checkpoint)
+        self.signum = signum
+        self.checkpoint = checkpoint
+
+    def __str__(self) -> str:
+        return f"{signal.Signals(self.signum).name}: " + (f"saved {self.checkpoint}" if self.checkpoint else "stopped")
 
 
 class Trainer:
-    """Trains `model` with `optimizer` to lower `criterion(outputs, targets)`, a mean over the samples of a batch.
+    """Train `model` with `optimizer` to lower `criterion(outputs, targets)`, over any iterable of batches.
 
-    A loader is any iterable of `(inputs, targets)`; inputs may be a tensor, or a tuple, list or dict of them. A loss
-    whose mean is not over samples (class weights, ignored targets) is averaged over batches by their samples all the
-    same: micro-batches and processes then change it a little. Accuracy is that of the targets which `criterion` does
-    not ignore (its `ignore_index`).
-
-    `model` may be wrapped for several processes (`parallel.replicate`, `parallel.shard`). On the CPU,
-    `cache_cpu_memory()` beforehand makes the steps of a convolutional network about a quarter shorter.
+    By default a batch is a pair (inputs, targets), and inputs are one argument of the model. For everything else
+    override `compute_loss`, and `count_targets` if the loss is a mean over something other than samples.
 
     Args:
-        device: where to train; the model's own device by default.
-        scheduler: stepped per epoch, or per optimizer step with `scheduler_interval="step"` (the default for
-            OneCycleLR, CyclicLR and what `make_schedule` makes); ReduceLROnPlateau gets the monitored value.
-        precision: `fp32`, `bf16`, `fp16` (with loss scaling) or `auto`.
-        channels_last: keep images and convolution weights as (N, H, W, C) in memory.
-        compile: True or one of torch.compile's modes.
-        cuda_graph: replay all tensor work of a step as one CUDA graph while shapes stay the same: `auto` (or True)
-            warns where that cannot be and goes on without, `on` raises ValueError. See `cuda_graph.StepGraph`.
-        accumulate: number of batches whose gradient makes one step, as if they were one batch.
-        clip_norm, clip_value: bounds of the gradient's total norm and of its entries.
-        averages: an AveragedModel (`optim.averaged_copy`), updated after each step; it is validated and kept as best.
-        nan_policy: what a NaN or infinite loss does: `stop` (raises NonFiniteLoss; on an accelerator up to `log_every`
-            steps late, but before anything is saved), `skip` the step (waits for the device at each step), or `ignore`.
+        model: trained where it stands; for several processes wrapped by `distributed.replicate` or `shard`. Memory
+            format and compilation are yours: `model.to(memory_format=torch.channels_last)`, `model.compile()`.
+        criterion: a mean over the targets of a batch (`reduction="mean"`); None if `compute_loss` does without.
+        device: where to train (default: where the model is).
+        scheduler: stepped once per epoch; once per optimizer step if it is OneCycleLR or CyclicLR, has the attribute
+            `scheduler_interval = "step"`, or `scheduler_interval` says so. ReduceLROnPlateau gets the monitored value.
+        precision: "fp32", "bf16", "fp16" (with loss scaling) or "auto" (bf16 where the hardware computes in it).
+        accumulate: how many batches make one optimizer step, as if they were one batch.
+        clip_norm, clip_value: limits for the gradient's total norm and for its entries.
+        averages: an averaged model (`optim.averaged_copy`), updated after each step; it is validated and kept as best.
+        metrics: functions by name; `metric(outputs, targets)` returns one value per target (NaN does not count) or
+            their mean. {"top5": top5} appears in the history as train_top5 and val_top5.
+        monitor: the value that decides best epoch, plateau and early stopping. Names that end in "loss" are minimised,
+            in "acc" maximised; others are given as (name, "min") or (name, "max").
         early_stopping: an EarlyStopping, called with the monitored value after each epoch.
-        monitor: `val_loss` (default), `val_acc`, `train_loss` or `train_acc`: decides best epoch, plateau and stop.
-        checkpoint_dir: where to save: the state after each epoch, or every `save_every` steps, of which the last `keep`
-            stay; and `best.pt`. With it SIGINT and SIGTERM save at the next step, then raise Interrupted.
-        log_every: number of batches whose losses wait on the device to be read in one transfer.
-        metadata: plain values stored in every checkpoint; a checkpoint with others is refused by `resume`.
+        checkpoint_dir: where the state is saved after each epoch, or every `save_every` steps, with the best weights as
+            best.pt. SIGINT, SIGTERM and SIGUSR1 then save after the step at hand and raise Interrupted.
+        metadata: plain values to store in every checkpoint.
+        log_every: how many batches' losses wait on an accelerator to be read at once. A CPU reads each.
         on_step_end, on_epoch_end: functions called with this Trainer.
 
-    Attributes: `history` (a list per name, an entry per epoch), `epoch` (epochs done), `step` (optimizer steps done),
-    `batch` (batches done in this epoch), `skipped` (steps not taken), `best_score`, `best_epoch`, `grad_norm`.
+    Attributes: `history` (a list per name, one entry per epoch), `epoch` (epochs done), `batch` (batches done in this
+    epoch), `step` (optimizer steps done), `best_score`, `best_epoch` (from 0), `last_loss`, `model`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        criterion: Callable[[Any, Tensor], Tensor],
-        optimizer: Optimizer,
+        criterion: Callable[[Any, Any], Tensor] | None,
+        optimizer: torch.optim.Optimizer,
         device: torch.device | str | None = None,
-        scheduler: LRScheduler | ReduceLROnPlateau | None = None,
+        scheduler: Any = None,
         *,
         scheduler_interval: str | None = None,
         precision: str = "fp32",
-        channels_last: bool = False,
-        compile: bool | str = False,
-        cuda_graph: bool | str = False,
         accumulate: int = 1,
         clip_norm: float | None = None,
         clip_value: float | None = None,
-        averages: AveragedModel | None = None,
-        nan_policy: str = "stop",
+        averages: Any = None,
+        metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+        monitor: str | tuple[str, str] = "val_loss",
         early_stopping: Any = None,
-        monitor: str = "val_loss",
         checkpoint_dir: str | os.PathLike | None = None,
         save_every: int | None = None,
-        keep: int = 3,
-        metadata: dict[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
         log_every: int = 50,
-        on_step_end: Sequence[Callable[[Trainer], None]] = (),
-        on_epoch_end: Sequence[Callable[[Trainer], None]] = (),
+        on_step_end: Iterable[Callable[[Trainer], None]] = (),
+        on_epoch_end: Iterable[Callable[[Trainer], None]] = (),
     ) -> None:
-        _check_options(
-            criterion, scheduler_interval, accumulate, clip_norm, clip_value, nan_policy, monitor, save_every, log_every
-        )
-        self.cuda_graph = cuda_graph if isinstance(cuda_graph, str) else "auto" if cuda_graph else "off"
-        if self.cuda_graph not in GRAPH_MODES:
-            raise ValueError(f"cuda_graph must be one of {', '.join(map(repr, GRAPH_MODES))}, got {cuda_graph!r}")
-        if save_every and checkpoint_dir is None:
-            raise ValueError(f"save_every={save_every} needs a checkpoint_dir to save in")
-        _check_directions(scheduler, scheduler_interval, early_stopping, monitor)
-        if averages is not None and parallel.is_sharded(model):
-            raise ValueError("averages need the whole weights, and the model is sharded; use DDP, or no averages")
-        self.device = torch.device(device) if device is not None else model_device(model)
-        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.model = model.to(self.device).to(memory_format=self.memory_format)
-        self.averages = averages
-        if averages is not None:
-            count = averages.n_averaged.cpu()
-            averages.to(self.device).to(memory_format=self.memory_format)
-            averages.n_averaged = count  # each update reads its value
-        if compile:
-            bare_model(self.model).compile(mode=compile if isinstance(compile, str) else None)
-        self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
-        # an infinity that is there from the start is meant, as in a mask
-        buffers = bare_model(self.model).named_buffers()
-        self._infinite_by_design = {name for name, b in buffers if not b.is_meta and not bool(b.isfinite().all())}
+        self.device = torch.device(device) if device is not None else evaluation.model_device(model)
+        self.model = model.to(self.device)
+        self.criterion = criterion.to(self.device) if isinstance(criterion, nn.Module) else criterion
+        self.optimizer = optimizer
+        self.scheduler = scheduler
         by_step = isinstance(scheduler, (OneCycleLR, CyclicLR))
-        usual: str = "step" if by_step else getattr(scheduler, "scheduler_interval", "epoch")
+        usual = getattr(scheduler, "scheduler_interval", "step" if by_step else "epoch")
         self.scheduler_interval = scheduler_interval or usual
         self.precision = pick_precision(precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.accumulate, self.clip_norm, self.clip_value = accumulate, clip_norm, clip_value
-        self.nan_policy, self.early_stopping, self.monitor, self.log_every = (
-            nan_policy,
-            early_stopping,
-            monitor,
-            log_every,
-        )
-        self.checkpoints = CheckpointFolder(checkpoint_dir, keep) if checkpoint_dir is not None else None
-        self.save_every, self.metadata = save_every, metadata or {}
-        self.on_step_end, self.on_epoch_end = tuple(on_step_end), tuple(on_epoch_end)
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
+        self.clip_value = clip_value
+        self.averages = averages.to(self.device) if averages is not None else None
+        self.metrics = dict(metrics or {})
+        self.monitor, self.mode = monitored(monitor)
+        self.early_stopping = early_stopping
+        self.checkpoint_dir = Path(checkpoint_dir) if checkpoint_dir is not None else None
+        self.save_every = save_every
+        self.metadata = dict(metadata or {})
+        self.log_every = 1 if self.device.type == "cpu" else log_every
+        self.on_step_end = list(on_step_end)
+        self.on_epoch_end = list(on_epoch_end)
 
-        self.history: dict[str, list] = {name: [] for name in (*MONITORS, "lr", "step")}
-        self.epoch = self.step = self.batch = self.skipped = 0
+        self.history: dict[str, list[float | None]] = {}
+        self.epoch_records: list[dict[str, Any]] = []  # of each epoch its last step and a hash of the weights
+        self.epoch = 0
+        self.batch = 0
+        self.step = 0
         self.best_score: float | None = None
         self.best_epoch: int | None = None
-        self.grad_norm: Tensor | None = None
-        self._running = RunningMeans()
-        self._position = LoaderPosition(self.device)
-        self._signals = SignalNote(enabled=self.checkpoints is not None)
-        self._agreed_signal, self._cut_off = 0, False  # what all processes know: a signal to one; one's loader is gone
-        self._empty_batch: tuple[Any, Tensor] | None = None
-        self.waiting_seconds = 0.0  # for the other processes, between two steps
-        self._first_epoch = 0
-        self._resumed_random_state: dict[str, Any] | None = None
-        self._saved_at: tuple[int, int, int] | None = None  # step, epoch, batch
-        self._saved_path = Path()
-        self._compiled = bool(compile)
-        self._graph_refusal: str | None = None  # what was said
-        self._graph: StepGraph | None = None
-        self._settle_graph()
+        self.last_loss: float | None = None
+        self.skipped_in_a_row = 0  # steps that fp16 did not take
+        self.means = Means()  # of the training epoch at hand
+        self.validation_means = Means()  # of the last `validate`
+        self.pending: dict[str, float] | None = None  # training means of an epoch that awaits validation
+        self.saved_at: tuple[Path, int, int, int] | None = None  # the last save: path, step, epoch, batch
+        self.signum = 0  # a signal that this process has got
+        self.agreed_signum = 0  # a signal that all processes know of
 
-    # ------------------------------------------------------------------------------------------- the way of one batch
+        # Where the training loader stands, to start it there again.
+        self.loader: Any = None
+        self.epoch_start: dict[str, Any] | None = None  # random state when the epoch began; None between epochs
+        self.exhausted = False  # the loader has no more batch in this epoch
+        self.resumed: dict[str, Any] | None = None  # this process's part of a loaded state, until training goes on
+
+        weight = getattr(criterion, "weight", None)
+        self.class_weight = weight.cpu() if isinstance(weight, Tensor) else None  # batches are counted on the host
+        own = type(self)
+        self.default_loss = own.compute_loss is Trainer.compute_loss
+        self.default_count = self.default_loss and own.count_targets is Trainer.count_targets
+        self.counts: list[tuple[Tensor, float]] = []  # expected and given counts, to be compared
+        self.check_setup()
 
     def fit(
         self, train_loader: Iterable, val_loader: Iterable | None = None, num_epochs: int = 10, verbose: bool = True
-    ) -> dict[str, list]:
-        """Trains for `num_epochs` epochs (after `resume`: for what is left of them); returns `history`.
+    ) -> dict[str, list[float | None]]:
+        """Train until `num_epochs` epochs are done, those before a resume included, and return the history.
 
-        Raises Interrupted, NonFiniteLoss; OSError if a checkpoint cannot be written (older ones stay).
+        Raise Interrupted after a signal (with `checkpoint_dir`, everything is saved), NonFiniteLoss, ValueError for
+        batches that cannot be trained, OSError if a checkpoint cannot be written (older ones stay).
         """
-        if self._resumed_random_state is None:
-            self._check_unused()
-            self._first_epoch = self.epoch
-        else:  # what was done since `resume`, such as drawing a graph, may have drawn random numbers
-            set_random_state(self._resumed_random_state, self.device)
-            self._resumed_random_state = None
-        with self._signals:
-            while self.epoch < self._first_epoch + num_epochs and not self.stopped_early:
-                train = self._train_epoch(self._position.batches(train_loader, self.epoch, self.batch))
-                val = self._validate_epoch(val_loader) if val_loader is not None else (None, None)
-                self._leave_if_signalled()
-                self._end_epoch(*train, *val)
-                if verbose and distributed.is_main():
-                    print(self._epoch_line(self._first_epoch + num_epochs))
-            if self.checkpoints and self._saved_at != (self.step, self.epoch, self.batch):
-                self.save()
-            self._leave_if_signalled()
+        self.check_fit(val_loader)
+        self.restore_random_state(train_loader)
+        if verbose and distributed.is_main() and self.pending is None and (self.epoch >= num_epochs or self.stopped):
+            print(f"nothing to do: {self.epoch} epochs are done{', and early stopping has ended the training' * self.stopped}")
+        try:
+            with self.noted_signals():
+                while self.pending is not None or (self.epoch < num_epochs and not self.stopped):
+                    if self.pending is None:  # else the run was stopped while it validated
+                        self.train_one_epoch(train_loader)
+                        means = self.means.values()
+                        self.pending = {n if n == "grad_norm" else f"train_{n}": value for n, value in means.items()}
+                    values = dict(self.pending)
+                    if val_loader is not None:
+                        self.validate(val_loader)
+                        values |= {f"val_{name}": value for name, value in self.validation_means.values().items()}
+                    self.end_epoch(values)
+                    if verbose and distributed.is_main():
+                        print(self.epoch_line(num_epochs))
+                    self.stop_if_signalled()
+                if self.checkpoint_dir and not self.is_saved():
+                    self.save()
+        except Interrupted as stop:
+            raise Interrupted(stop.signum, self.saved_at[0] if self.is_saved() else self.save()) from None
         return self.history
 
     def train_one_epoch(self, loader: Iterable) -> tuple[float, float | None]:
-        """Trains on all of `loader`; returns (mean loss per sample, accuracy between 0 and 1 or None)."""
-        self.batch, self._running = 0, RunningMeans()
-        means = self._train_epoch(iter(loader))
-        self.batch, self._running = 0, RunningMeans()  # a later `fit` begins at the start of its epoch
-        return means
+        """Train on what is left of this epoch; return (mean loss, accuracy or None). The next call is the next epoch.
 
-    def _train_epoch(self, batches: Iterator) -> tuple[float, float | None]:
-        self.model.train()
-        self._settle_graph()
-        clear_gradients(self.optimizer)  # of a step that was broken off, or the caller's own
-        for window, samples in self._windows(batches):
-            stepped = self._train_window(window, samples)
-            self.batch += len(window)
-            if len(self._running.pending) >= self.log_every:
-                self._read_losses()
-            for callback in self.on_step_end:
-                callback(self)
-            if stepped and self.save_every and self.step % self.save_every == 0:
-                self.save()
-            self._leave_if_signalled()
-        self._read_losses()
-        return self._running.reduced().means()
-
-    def _train_window(self, window: list[tuple[Any, Tensor]], samples: int) -> bool:
-        """One optimizer step by the gradient of the mean loss over all `samples` of the windows of all processes.
-
-        False if it was skipped.
+        After a resume this is called for the rest of an epoch: a subclass that extends it checks `self.batch == 0`.
         """
-        if self._graph is not None:
-            results, self.grad_norm = self._graph(window, samples)
-            self._running.add(results)
-            self._follow_step()
-            return True
-        buffers = [buffer.clone() for buffer in self.model.buffers()] if self.nan_policy == "skip" else []
-        results = self._gradient(window, samples)
-        if self._finite_now(results, window):
-            self._running.add(results)
-            if self._optimizer_step():
-                self._follow_step()
-                return True
-        clear_gradients(self.optimizer)
-        for buffer, before in zip(self.model.buffers(), buffers, strict=False):  # BatchNorm has seen the bad batch
-            buffer.copy_(before)
-        self.skipped += 1
-        return False
+        self.check_training_loader(loader)
+        self.restore_random_state(loader)
+        if self.batch == 0:
+            self.means = Means()
+        if not self.model.training:
+            self.model.train()  # the model is in eval() as a whole; submodules that the user put there stay there
+        for window, total in self.windows(loader):
+            stepped = self.train_step(window, total)
+            self.batch += len(window)
+            if stepped:
+                for callback in self.on_step_end:
+                    callback(self)
+                if self.save_every and self.step % self.save_every == 0:
+                    self.save()
+            self.stop_if_signalled()
+        self.read_losses(self.batch)
+        means = Means.sum_of(distributed.gather_objects(self.means.sums))
+        if not means.sums.get("loss", (0, 0))[1]:
+            raise ValueError("the training loader gave no batch with a target that counts")
+        self.means = means
+        self.epoch += 1
+        self.batch = 0
+        self.epoch_start = None
+        self.exhausted = False
+        return means.values()["loss"], means.values().get("acc")
 
-    def _gradient(self, window: list[tuple[Any, Tensor]], samples: int) -> list[BatchResult]:
-        """Forward → loss → backward of each batch."""
-        results = []
-        for i, (inputs, targets) in enumerate(window, start=1):
-            first = self.batch == 0 and i == 1
-            with parallel.part_of_step(self.model, targets.shape[0], first=first, last=i == len(window)):
-                loss, result = forward(self.model, self.criterion, inputs, targets, self.precision)
-                # DDP takes the mean over the processes
-                share = result.samples * distributed.world_size() / max(samples, 1)
-                if share != 1:  # micro-batches and processes' parts may be unequal: each counts by its samples
-                    loss = loss * share
-                self.scaler.scale(loss).backward()
-            results.append(result)
-        return results
+    def windows(self, loader: Iterable) -> Iterator[tuple[Window, float]]:
+        """Yield what is left of this epoch, `accumulate` batches at a time, with the count of all processes.
 
-    def _optimizer_step(self) -> bool:
-        """Unscale → clip → optimizer. False if the step was skipped."""
-        self.scaler.unscale_(self.optimizer)
-        if self.nan_policy == "skip" and not self.scaler.is_enabled():
-            # before clipping makes an infinite one finite
-            norm = nn.utils.get_total_norm([p.grad for p in self._with_gradient()])  # type: ignore[misc]
-            if not bool(norm.isfinite()):
-                return False
-        if self.clip_value is not None:
-            nn.utils.clip_grad_value_(self._with_gradient(), self.clip_value)
-        if self.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self._with_gradient(), self.clip_norm)
-            self.grad_norm = norm.full_tensor() if parallel.is_sharded(self.model) else norm  # type: ignore[attr-defined]
-        if self.scaler.is_enabled():
-            scale = self.scaler.get_scale()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            if self.scaler.get_scale() < scale:  # it lowers its scale only when it skipped the step
-                return False
-        else:
-            take_step(self.optimizer)
-        clear_gradients(self.optimizer)
-        return True
+        A window is drawn only when the one before is done, so that a state saved between two has drawn nothing ahead.
+        """
+        batches = self.start_loader(loader)
+        while not self.exhausted:
+            drawn, broken = self.draw(batches)
+            counts = [float(self.count_targets(batch)) for batch in drawn]  # before it moves to the device
+            total = sum(counts)
+            if distributed.world_size() > 1:
+                total = self.agree(total, len(drawn), broken)
+            if not drawn:
+                break
+            self.exhausted = len(drawn) < self.accumulate
+            yield [(evaluation.to_device(b, self.device), c) for b, c in zip(drawn, counts, strict=True)], total
 
-    def _follow_step(self) -> None:
-        """What follows a step that was taken: its count → schedule → averages."""
+    def train_step(self, window: Window, total: float) -> bool:
+        """Take one optimizer step on the mean loss over the `total` targets of the windows of all processes.
+
+        Return whether it was taken: not if every target is ignored, nor if fp16 overflowed.
+        """
+        if not total:
+            warnings.warn(f"epoch {self.epoch + 1}, batch {self.batch + 1}: no target counts; no step taken", stacklevel=2)
+            return False
+        self.optimizer.zero_grad()
+        for i, (batch, count) in enumerate(window, start=1):
+            if not count and distributed.world_size() == 1:
+                continue
+            with distributed.gradient_sync(self.model, wanted=i == len(window)):
+                loss, figures = self.forward(batch, count)
+                self.means.add(figures)
+                if len(self.means.waiting) >= self.log_every:
+                    self.read_losses(self.batch + i, batch)
+                # Unequal batches count by their targets. DDP and FSDP take the mean over the processes, not the sum.
+                share = count * distributed.world_size() / total if count else 1.0
+                self.scaler.scale(loss if share == 1 else loss * share).backward()
+        if not self.update():
+            return False
         self.step += 1
         if self.scheduler is not None and self.scheduler_interval == "step":
-            self.scheduler.step()  # type: ignore[call-arg]
+            self.scheduler.step()
         if self.averages is not None:
-            self.averages.update_parameters(bare_model(self.model))
+            self.averages.update_parameters(distributed.unwrap(self.model))
+        return True
 
-    def _end_epoch(
-        self, train_loss: float, train_acc: float | None, val_loss: float | None, val_acc: float | None
-    ) -> None:
-        """Plateau schedule → early stopping → save → call-backs."""
-        values = dict(zip(MONITORS, (train_loss, train_acc, val_loss, val_acc), strict=True))
-        for name, value in (values | {"lr": float(self.optimizer.param_groups[0]["lr"]), "step": self.step}).items():
-            self.history[name].append(value)
-        score = self._score(values)
-        if self.scheduler is not None and self.scheduler_interval == "epoch":
-            if isinstance(self.scheduler, ReduceLROnPlateau):
-                self.scheduler.step(score)
+    def forward(self, batch: Any, count: float) -> tuple[Tensor, list[Figure]]:
+        """Return the loss of one batch on the device, and what it adds to the means."""
+        with autocast(self.device, self.precision):
+            loss, outputs, targets = self.compute_loss(batch)
+        if self.step == 0 or not isinstance(loss, Tensor):
+            self.check_loss(loss, outputs, targets)
+        if not count:  # other processes count something: take part in backward, which must reach the whole model
+            zero = (0 * evaluation.first_tensor(outputs)).sum()
+            return zero, [("loss", zero.detach(), 0.0, 0.0)]
+        loss = loss.reshape(())
+        if not self.default_count and evaluation.is_classification(self.criterion) and isinstance(targets, Tensor):
+            self.counts.append((evaluation.count_classes(targets, self.criterion), count))
+        figures: list[Figure] = [("loss", loss.detach(), count, count)]
+        if "acc" not in self.metrics:
+            figures += evaluation.accuracy_figures(self.criterion, outputs, targets)
+        if self.metrics and targets is not None:
+            figures += self.metric_figures(outputs, targets)
+        return loss, figures
+
+    def compute_loss(self, batch: Any) -> tuple[Tensor, Any, Any]:
+        """Return (loss, outputs, targets) of one batch on the device, in training and in validation. Override me.
+
+        The loss is a mean over `count_targets(batch)` terms. Outputs and targets go to the metrics; None for no metrics.
+        `self.model` is the model in training, the bare or averaged one in `validate`.
+        """
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise ValueError(f"expected a batch (inputs, targets), got {describe(batch)}; override compute_loss for others")
+        inputs, targets = batch
+        outputs = evaluation.in_float32(self.model(inputs))
+        return self.criterion(outputs, targets), outputs, targets  # type: ignore[misc]
+
+    def count_targets(self, batch: Any) -> float | Tensor:
+        """Return how many terms the loss of `batch` is a mean over. `batch` is as the loader made it.
+
+        Of a pair (inputs, targets) under CrossEntropyLoss or NLLLoss: the targets that are not ignored, times their class
+        weights. Of other batches the samples. So four unequal batches of padded text give the gradient of one of all.
+        """
+        return evaluation.count_targets(batch, self.criterion, self.class_weight)
+
+    @torch.no_grad()
+    def metric_figures(self, outputs: Any, targets: Any) -> list[Figure]:
+        """Return the figures of `metrics`, which are weighted by targets, never by class weights."""
+        classes = evaluation.is_classification(self.criterion) and not targets.is_floating_point()
+        ignored = targets == self.criterion.ignore_index if classes else None  # type: ignore[union-attr]
+        figures: list[Figure] = []
+        for name, metric in self.metrics.items():
+            values = torch.as_tensor(metric(outputs, targets)).float()
+            if values.dim():
+                counted = ~values.isnan()
+                if ignored is not None and values.shape == ignored.shape:
+                    counted &= ~ignored
+                figures.append((name, torch.where(counted, values, 0.0).sum(dtype=torch.float32), 1.0, counted.sum()))
             else:
-                self.scheduler.step()
+                count = float(len(evaluation.first_tensor(targets)) if ignored is None else (~ignored).sum())
+                weight = torch.where(values.isnan(), 0.0, count)
+                figures.append((name, values.nan_to_num(0.0), count, weight))
+        return figures
+
+    def update(self) -> bool:
+        """Unscale and clip the gradient, then step the optimizer. Return whether the step was taken."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.scaler.unscale_(self.optimizer)
+        norm = None
+        if self.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.clip_value)
+        if self.clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() < scale:  # it lowers its scale only when it skipped the step
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= 20:
+                raise NonFiniteLoss(f"fp16 skipped 20 steps in a row: each gradient is NaN or infinite, {self.where()}")
+            return False
+        self.skipped_in_a_row = 0
+        if norm is not None:
+            norm = norm.full_tensor() if distributed.is_sharded(self.model) else norm  # type: ignore[attr-defined]
+            self.means.add([("grad_norm", norm, 1.0, 1.0)])
+        return True
+
+    @torch.no_grad()
+    def validate(self, loader: Iterable) -> tuple[float, float | None]:
+        """Return (mean loss, accuracy or None) of the averaged model if there is one, else of the model, over `loader`.
+
+        Change no weight, buffer, mode or random state. Of several processes each judges its part of the samples (under
+        FSDP all of them) and all get the means. Raise Interrupted after a signal.
+        """
+        self.check_validation_loader(loader)
+        means = Means()
+        training_model, self.model = self.model, self.evaluated_model
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(distributed.shared_buffers(self.model))
+                stack.enter_context(evaluation.evaluation_mode(self.model))
+                stack.enter_context(preserved_random_state(self.device))
+                stack.enter_context(preserved_generators(loader))
+                set_epoch(loader, 0)
+                for batch in loader:
+                    if self.signalled_in_validation():
+                        break
+                    count = float(self.count_targets(batch))
+                    if count:
+                        means.add(self.forward(evaluation.to_device(batch, self.device), count)[1])
+        finally:
+            self.model = training_model
+        means.read()
+        self.compare_counts()
+        parts = distributed.gather_objects((means.sums, self.signum))
+        if self.checkpoint_dir and any(signum for _, signum in parts):
+            self.agreed_signum = max(signum for _, signum in parts)
+            raise Interrupted(self.agreed_signum)
+        if not distributed.is_sharded(self.model):
+            means = Means.sum_of(sums for sums, _ in parts)
+        if not means.sums.get("loss", (0, 0))[1]:
+            raise ValueError("the validation loader gave no target that counts; an iterator can be read only once")
+        self.validation_means = means
+        values = means.values()
+        if not math.isfinite(values["loss"]):
+            warnings.warn(f"the validation loss is {values['loss']} after epoch {self.epoch}; it is never best", stacklevel=2)
+        return values["loss"], values.get("acc")
+
+    def end_epoch(self, values: dict[str, float]) -> None:
+        """Record the epoch; then schedule, early stopping, best, callbacks and save, in this order."""
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        self.pending = None
+        self.record(values | {"lr": rate})
+        score = self.score(values)
+        if self.scheduler is not None and self.scheduler_interval == "epoch":
+            if self.epoch == 1 and rate == 0:
+                warnings.warn("the learning rate was 0 in the whole first epoch; is scheduler_interval='step' meant?", stacklevel=2)
+            self.scheduler.step(*[score] if isinstance(self.scheduler, ReduceLROnPlateau) else ())
         if self.early_stopping is not None:
             self.early_stopping(score)
-        improved = math.isfinite(score) and (
-            self.best_score is None
-            or (score > self.best_score if self.monitor.endswith("acc") else score < self.best_score)
-        )
-        if improved:
-            self.best_score, self.best_epoch = score, self.epoch
-        self.epoch, self.batch, self._running = self.epoch + 1, 0, RunningMeans()
-        if self.checkpoints and improved:
-            best = self._best_state(values)
-            if distributed.is_main():
-                self.checkpoints.save_best(best)
-        if self.checkpoints and not self.save_every:
-            self.save()
+        if math.isfinite(score) and (self.best_score is None or self.sign * score > self.sign * self.best_score):
+            self.best_score = score
+            self.best_epoch = self.epoch - 1
+            if self.checkpoint_dir:
+                self.save_best(values)
         for callback in self.on_epoch_end:
             callback(self)
-        self._leave_if_signalled()
+        if self.checkpoint_dir and not self.save_every:
+            self.save()
 
-    def validate(self, loader: Iterable) -> tuple[float, float | None]:
-        """(Mean loss per sample, accuracy or None) of the averaged model if there is one, else of the model.
+    def record(self, values: dict[str, float | None]) -> None:
+        """Append one entry to every list of the history, None where there is no value."""
+        epochs = len(next(iter(self.history.values()), []))
+        for name in dict.fromkeys(("train_loss", "train_acc", "val_loss", "val_acc", *values, *self.history)):
+            self.history.setdefault(name, [None] * epochs).append(values.get(name))
+        for name in self.metrics:
+            if any(math.isnan(values.get(f"{part}_{name}") or 0.0) for part in ("train", "val")):
+                warnings.warn(f"the metric {name!r} was NaN for every target of epoch {self.epoch}", stacklevel=3)
+        weights = checkpoint.weights_hash(distributed.full_weights(self.model)) if self.checkpoint_dir else None
+        self.epoch_records.append({"step": self.step, "weights": weights})
 
-        Of all processes' samples together. Changes no weight and no random state.
-        """
-        model = self.evaluated_model
-        with parallel.shared_buffers(model):
-            return evaluate(model, self._in_step(loader), self.criterion, self.device, reduce=True, **self._formats)
+    def score(self, values: dict[str, float]) -> float:
+        """Return the monitored value; without validation that of training, of which `check_fit` has warned."""
+        name = self.monitor if "val_loss" in values else self.monitor.replace("val_", "train_")
+        if name not in values:
+            raise ValueError(f"monitor={self.monitor!r} has no value; there are {', '.join(sorted(values))}")
+        return values[name]
 
-    def predict(self, loader: Iterable, wrap: Callable[[nn.Module], nn.Module] | None = None) -> Tensor:
-        """The outputs for all batches of `loader`, (N, …) float32 on the CPU, from the model that is validated.
+    @property
+    def sign(self) -> int:
+        """1 if more is better, -1 if less is."""
+        return 1 if self.mode == "max" else -1
 
-        `wrap` makes the model that is asked out of that one (`ShiftedViews`). Of several processes each gets those of
-        its own part.
-        """
-        model = self.evaluated_model
-        with parallel.shared_buffers(model):
-            return outputs_of(wrap(model) if wrap else model, self._in_step(loader), self.device, **self._formats)
-
-    # ------------------------------------------------------------------------------------------------------- its parts
-
-    def _windows(self, batches: Iterator) -> Iterator[tuple[list[tuple[Any, Tensor]], int]]:
-        """The windows of accumulation, on the device, and the number of samples that all processes have in each.
-
-        A process that has less of an epoch than others takes part with empty batches, until all are done.
-        """
-        alone = distributed.world_size() == 1
-        if not alone and not parallel.is_wrapped(self.model):
-            raise ValueError("several processes train one model: wrap it by parallel.replicate or parallel.shard first")
-        if not alone and self._learning_criterion is not None:
-            raise ValueError(
-                "several processes do not exchange the gradients of a criterion; put its part in the model"
-            )
-        distributed.check_group()
-        while True:
-            window = [to_device(batch, self.device, self.memory_format) for batch in self._next_window(batches)]
-            samples, length = sum(targets.shape[0] for _, targets in window), len(window)
-            if not alone:
-                samples, length = self._agree_on(samples, length)
-                if self._cut_off:
-                    self._leave_if_signalled()
-                if window:
-                    self._empty_batch = without_samples(window[-1])
-                if len(window) < length and self._empty_batch is None:
-                    raise ValueError("the loader of this process gave no batch at all; give every process a part")
-                window += [self._empty_batch] * (length - len(window))  # type: ignore[list-item]
-            if not length:
-                return
-            yield window, samples
-
-    def _in_step(self, loader: Iterable) -> Iterable:
-        """`loader`; a sharded model needs all processes at each forward, so there who has less gets empty batches."""
-        return with_empty_batches(loader) if parallel.is_sharded(self.model) else loader
-
-    def _agree_on(self, samples: int, length: int) -> tuple[int, int]:
-        """Of all processes: samples in their windows, length of the longest, and a signal that one of them noted."""
-        began = time.perf_counter()
-        every = distributed.all_gather([samples, length, self._signals.signum, self._cut_off])
-        self.waiting_seconds += time.perf_counter() - began
-        counts, lengths, signums, cut_off = zip(*every, strict=True)
-        self._agreed_signal, self._cut_off = int(max(signums)), any(cut_off)
-        return int(sum(counts)), int(max(lengths))
-
-    def _next_window(self, batches: Iterator) -> list:
-        try:
-            return list(itertools.islice(batches, self.accumulate))
-        except WORKER_ENDED as error:  # a signal to the whole process group also ends the loader's workers
-            if self._signals.signum and self.batch == 0:
-                self._position.rewind()
-            if self._signals.signum and distributed.world_size() > 1:
-                self._cut_off = True  # all leave before this window, in which a part would be missing
-                return []
-            self._leave_if_signalled()
-            _name_worker(error)
-            raise
-
-    def _settle_graph(self) -> str | None:
-        """Decides whether the steps to come are replayed; if not, says and returns why, or with `on` refuses."""
-        if self.cuda_graph == "off":
-            return None
-        reason = graph_refusal(
-            self.model,
-            self.optimizer,
-            self.device,
-            criterion=self.criterion,
-            precision=self.precision,
-            nan_policy=self.nan_policy,
-            scheduler=self.scheduler,
-            compiled=self._compiled,
-            parallel=distributed.world_size() > 1 or parallel.is_wrapped(self.model),
-        )
-        if reason and self.cuda_graph == "on":
-            raise ValueError(f"cuda_graph='on' is impossible here: {reason}; use 'auto' or 'off'")
-        if reason and reason != self._graph_refusal:  # once, not at each epoch
-            warnings.warn(f"no CUDA graph: {reason}; each step runs without", stacklevel=2)
-        self._graph_refusal = reason
-        if reason:
-            self._graph = None
-        elif self._graph is None:
-            self._graph = StepGraph(
-                self._tensor_work,
-                self.optimizer,
-                self.device,
-                strict=self.cuda_graph == "on",
-                refusal=self._settle_graph,  # again, before each capture: hooks may have come since
-            )
-        return reason
-
-    def _tensor_work(self, window: list[tuple[Any, Tensor]], samples: int) -> tuple[list[BatchResult], Tensor | None]:
-        """All of a step that a graph can hold: the device's part, in which nothing is read."""
-        results = self._gradient(window, samples)
-        self._optimizer_step()
-        return results, self.grad_norm
-
-    def _with_gradient(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    @property
+    def stopped(self) -> bool:
+        """Whether early stopping has ended the training."""
+        return bool(self.early_stopping is not None and self.early_stopping.early_stop)
 
     @property
     def evaluated_model(self) -> nn.Module:
         """The averaged model if there is one, else the model, without wrappers."""
-        return self.averages.module if self.averages is not None else bare_model(self.model)
+        return self.averages.module if self.averages is not None else distributed.unwrap(self.model)
 
-    @property
-    def _learning_criterion(self) -> nn.Module | None:
-        """The criterion if it has parameters of its own."""
-        criterion = self.criterion
-        return criterion if isinstance(criterion, nn.Module) and any(True for _ in criterion.parameters()) else None
+    def epoch_line(self, num_epochs: int) -> str:
+        """Return one line on the last epoch."""
+        parts = [f"epoch {self.epoch}/{num_epochs}"]
+        for name, values in self.history.items():
+            if values[-1] is not None and name != "lr":
+                parts.append(f"{name} {values[-1]:.2%}" if name.endswith("acc") else f"{name} {values[-1]:.4f}")
+        return "  ".join(parts)
 
-    @property
-    def stopped_early(self) -> bool:
-        """Whether early stopping has ended the training."""
-        return bool(self.early_stopping is not None and self.early_stopping.early_stop)
+    # What fit and train_one_epoch call: losses, processes, the loader's position, signals.
 
-    def _score(self, values: dict[str, float | None]) -> float:
-        name = self.monitor if values[self.monitor] is not None else self.monitor.replace("val_", "train_")
-        if values[name] is None:
-            raise ValueError(
-                f"monitor={self.monitor!r} has no value: accuracy exists for class targets only; use monitor='val_loss'"
-            )
-        return float(values[name])  # type: ignore[arg-type]
+    def read_losses(self, number: int, batch: Any = None) -> None:
+        """Read the losses that wait on the device, up to that of batch `number`; raise NonFiniteLoss if one is."""
+        losses = self.means.read()
+        self.compare_counts()
+        for position, loss in enumerate(losses, start=number - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(f"the loss is {loss} in batch {position}{self.blame(batch)}, {self.where()}")
+        self.last_loss = next((loss for loss in reversed(losses) if loss), self.last_loss)
 
-    @property
-    def _formats(self) -> dict[str, Any]:
-        return {"precision": self.precision, "memory_format": self.memory_format}
+    def blame(self, batch: Any) -> str:
+        """Return which module made the first NaN or infinite value, in parentheses, or nothing if that is not found."""
+        if batch is None or distributed.is_sharded(self.model):
+            return ""
+        wrapped, self.model = self.model, distributed.unwrap(self.model)
 
-    def _validate_epoch(self, loader: Iterable) -> tuple[float, float | None]:
-        """`validate`, cut short by a signal: after the resume all of it is done again."""
-        go_to(loader, self.epoch, 0)
+        def loss() -> Tensor:
+            with autocast(self.device, self.precision):
+                return self.compute_loss(batch)[0]
+
         try:
-            with preserved_generators(loader):
-                if distributed.world_size() > 1:  # all do all of it, then all know of a signal to one
-                    means = self.validate(loader)
-                    self._agree_on(0, 0)
-                    return means
-                return self.validate(self._signals.until(loader))
-        except (*WORKER_ENDED, ValueError) as error:  # by the signal, perhaps before the first batch
-            self._leave_if_signalled()
-            _name_worker(error)
-            raise
+            with contextlib.suppress(Exception):  # the loss itself is worth more than its cause
+                culprit = find_nonfinite(self.model, loss)
+                return f" ({culprit})" if culprit else ""
+        finally:
+            self.model = wrapped
+        return ""
 
-    def _finite_now(self, results: list[BatchResult], window: list[tuple[Any, Tensor]]) -> bool:
-        """Looks at the losses at once where that costs nothing (CPU), or where the policy needs it; else later."""
-        if self.nan_policy == "ignore" or (self.nan_policy == "stop" and self.device.type != "cpu"):
-            return True
-        finite = True
-        for i, result in enumerate(results):
-            if not math.isfinite(value := float(result.loss)):
-                if self.nan_policy == "stop":
-                    raise self._non_finite(value, -i, window[i])
-                finite = False
-        return all(flag for (flag,) in distributed.all_gather([finite])) if self.nan_policy == "skip" else finite
-
-    def _read_losses(self) -> None:
-        """The one transfer from the device: all losses since the last. NaN is found here, before it is saved."""
-        bad = self._running.read()
-        if bad is not None and self.nan_policy == "stop":
-            raise self._non_finite(*bad)
-
-    def _non_finite(self, value: float, batches_ago: int, batch: tuple[Any, Tensor] | None = None) -> NonFiniteLoss:
-        """What to raise; where the `batch` is still at hand it is passed once more, to name the module to blame."""
-        culprit = None
-        if batch is not None and not parallel.is_sharded(self.model):
-            with contextlib.suppress(Exception):  # what is already found is worth more than who did it
-                culprit = find_nonfinite(bare_model(self.model), self.criterion, *batch, self.precision)
-        return NonFiniteLoss(
-            f"the loss is {value} at epoch {self.epoch + 1}, batch {self.batch + 1 - batches_ago}, "
-            f"after {self.step} steps{f' ({culprit})' if culprit else ''}; lower the learning rate, clip the gradient "
+    def where(self) -> str:
+        """Return when something failed, what is saved from before, and what to do."""
+        saved = ""
+        if self.saved_at is not None:
+            saved = f"; saved {self.step - self.saved_at[1]} steps before: {self.saved_at[0]}"
+        return (
+            f"epoch {self.epoch + 1}, after {self.step} steps{saved}; lower the learning rate, clip the gradient "
             "(clip_norm=1) or look for bad values in the data"
         )
 
-    def _epoch_line(self, num_epochs: int) -> str:
-        parts = [f"epoch {self.epoch}/{num_epochs}"]
-        for name, value in ((name, self.history[name][-1]) for name in MONITORS):
-            if value is not None:
-                parts.append(f"{name} {value:.2%}" if name.endswith("acc") else f"{name} {value:.4f}")
-        return "  ".join(parts)
-
-    # -------------------------------------------------------------------------------------------------- save and resume
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the run depends on, as tensors and plain values; `load_state_dict` goes on from it exactly."""
-        self._read_losses()
-        weights, optimizer = parallel.full_state(self.model, self.optimizer)
-        own: dict[str, Any] = {
-            "random_state": random_state(self.device),
-            "running": self._running.state_dict(),
-            "position": self._position.state_dict(),
-            "buffers": [b.clone() for b in bare_model(self.model).buffers()] if distributed.world_size() > 1 else [],
-        }
-        ranks = distributed.gather_objects(own)
-        optional = {
-            "scheduler_state_dict": self.scheduler,
-            "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None,
-            "criterion_state_dict": self._learning_criterion,
-            "early_stopping_state_dict": self.early_stopping if hasattr(self.early_stopping, "state_dict") else None,
-        }
-        return {
-            "format": FORMAT,
-            "epoch": self.epoch,
-            "step": self.step,
-            "batch": self.batch,
-            "first_epoch": self._first_epoch,
-            "loss": self._latest_loss(),
-            "skipped": self.skipped,
-            "best_score": self.best_score,
-            "best_epoch": self.best_epoch,
-            "model_state_dict": weights,
-            "optimizer_state_dict": optimizer,
-            "averages_state_dict": None if self.averages is None else self.averages.state_dict(),
-            **{key: None if part is None else part.state_dict() for key, part in optional.items()},
-            "history": self.history,
-            "running": RunningMeans.sum_of([own["running"] for own in ranks]).state_dict(),
-            "metadata": self.metadata,
-            "random_state": ranks[0]["random_state"],
-            "ranks": ranks if len(ranks) > 1 else [],  # for a resume with as many processes
-            "position": ranks[0]["position"],
-            "kinds": self._kinds(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any], where: str = "checkpoint") -> None:
-        """Goes on from `state`. Raises CheckpointError if it belongs to another model, data set or set-up."""
-        kinds = self._kinds()
-        for here, there in ((self.metadata, state.get("metadata", {})), (kinds, state.get("kinds", kinds))):
-            for key in sorted(here.keys() | there.keys()):
-                if here.get(key) != there.get(key):
-                    raise CheckpointError(
-                        f"{where}: of another run: {key} is {there.get(key)!r} there, {here.get(key)!r} here; "
-                        "resume with the same set-up"
-                    )
-        wrong = next((key for key, kind in SAVED.items() if not isinstance(state.get(key), kind)), None)
-        if wrong is not None:
-            raise CheckpointError(
-                f"{where}: {wrong!r} is missing or no {SAVED[wrong].__name__}; use another checkpoint"
-            )
-        by_design = {bare_name(name) for name in self._infinite_by_design}  # as they are saved
-        weights = {name: w for name, w in state["model_state_dict"].items() if name not in by_design}
-        bad = next((k for k, w in weights.items() if w.is_floating_point() and not bool(w.isfinite().all())), None)
-        if bad is not None and self.nan_policy == "stop":
-            raise CheckpointError(f"{where}: {bad!r} is NaN or infinite; use another checkpoint")
-        parts = {
-            "scheduler_state_dict": self.scheduler,
-            "averages_state_dict": self.averages,
-            "scaler_state_dict": self.scaler if self.scaler.is_enabled() else None,
-            "criterion_state_dict": self._learning_criterion,
-        }
-        for key, part in parts.items():
-            if (part is None) != (state.get(key) is None):
-                raise CheckpointError(
-                    f"{where}: {key} is {'not used here' if part is None else 'missing'}; resume with the same options"
+    def compare_counts(self) -> None:
+        """Raise ValueError if `count_targets` differs from the class targets that `compute_loss` returned."""
+        counts, self.counts = self.counts, []
+        expected = evaluation.fetch([tensor for tensor, _ in counts])
+        for wanted, (_, given) in zip(expected, counts, strict=True):
+            if not math.isclose(wanted, given, rel_tol=1e-5):
+                raise ValueError(
+                    f"the loss of this batch is a mean over {wanted:g} targets, but count_targets(batch) returned {given:g}; "
+                    "override count_targets to return the former"
                 )
-        sizes, saved = _group_sizes(vars(self.optimizer)), _group_sizes(state["optimizer_state_dict"])
-        if sizes != saved:  # before anything is changed
-            raise CheckpointError(
-                f"{where}: its optimizer has groups of {saved} parameters, this one of {sizes}; "
-                "resume with the same options"
-            )
-        parallel.load_full_weights(self.model, state["model_state_dict"], where)
-        try:
-            parallel.load_optimizer(self.model, self.optimizer, state["optimizer_state_dict"])
-            for key, part in parts.items():  # after the optimizer, whose rate the schedule goes on from
-                if part is not None:
-                    part.load_state_dict(state[key])
-            if state.get("early_stopping_state_dict") and hasattr(self.early_stopping, "load_state_dict"):
-                self.early_stopping.load_state_dict(state["early_stopping_state_dict"])
-            own = self._own_part(state)
-            self._running = RunningMeans(**own["running"])
-            self.history = {name: list(values) for name, values in state["history"].items()}
-            for name in ("epoch", "step", "batch", "skipped", "best_score", "best_epoch"):
-                setattr(self, name, state[name])
-            for buffer, saved in zip(bare_model(self.model).buffers(), own.get("buffers", []), strict=False):
-                buffer.copy_(saved)
-            self._first_epoch, self._resumed_random_state = state["first_epoch"], own["random_state"]
-            self._position.load_state_dict(own["position"])
-            set_random_state(own["random_state"], self.device)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{where}: does not fit this trainer ({type(error).__name__}: {error}); resume with the same options"
-            ) from error
 
-    def _own_part(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What this process goes on from: exactly its own where as many processes saved, else a part of the whole."""
-        number, ranks = distributed.rank(), state.get("ranks", [])
-        if max(len(ranks), 1) == distributed.world_size():
-            return ranks[number] if ranks else state
-        running = state["running"] if number == 0 else RunningMeans().state_dict()
-        if number and number >= len(ranks):  # nobody has drawn as this process: begin a stream of its own
-            random = branched_random_state(state["random_state"], number, self.device)
-        else:
-            random = ranks[number]["random_state"] if ranks else state["random_state"]
-        return {"running": running, "random_state": random, "position": state["position"]}
-
-    def load_evaluated(self, weights: dict[str, Tensor], where: str = "checkpoint") -> None:
-        """Loads `weights` (of a `best.pt`) into the model that `validate` and `predict` use."""
-        parallel.load_full_weights(self.evaluated_model, weights, where)
-
-    def _check_unused(self) -> None:
-        """Two runs in one folder would be mixed: `resume` would take the one with the higher step."""
-        if self.checkpoints and distributed.is_main() and self._saved_at is None and self.checkpoints.steps():
+    def agree(self, count: float, batches: int, broken: bool) -> float:
+        """Exchange counts and signals with the other processes; return the count of all."""
+        parts = distributed.all_gather([count, batches, self.signum, broken])
+        counts, lengths, signums, breaks = zip(*parts, strict=True)
+        self.agreed_signum = int(max(signums))
+        if any(breaks):
+            raise Interrupted(self.agreed_signum)  # before this window, in which a part is missing
+        if len(set(lengths)) > 1:
             raise ValueError(
-                f"{self.checkpoints.folder}: holds the checkpoints of an earlier run; "
-                "call resume(), or give another folder"
+                f"the processes' loaders gave {', '.join(f'{n:g}' for n in lengths)} batches for one step in epoch "
+                f"{self.epoch + 1}; give every process equally many"
             )
+        return math.fsum(counts)
 
-    def _kinds(self) -> dict[str, str]:
-        return {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
+    def draw(self, batches: Iterator) -> tuple[list[Any], bool]:
+        """Return the next `accumulate` batches, or fewer at the end, and whether a signal broke the loader."""
+        try:
+            return list(itertools.islice(batches, self.accumulate)), False
+        except (RuntimeError, EOFError, OSError) as error:
+            if self.signum:  # sent to the whole process group, it has ended the loader's workers too
+                if distributed.world_size() == 1:
+                    raise Interrupted(self.signum) from None
+                if not hasattr(self.loader, "load_state_dict"):  # such a loader would be ahead on other processes
+                    return [], True
+            if isinstance(error, (EOFError, ConnectionError)):
+                raise RuntimeError("a worker process of the loader has ended: killed, perhaps for want of memory") from error
+            raise
+
+    def start_loader(self, loader: Iterable) -> Iterator:
+        """Return an iterator over `loader` from the batch at which this epoch stands."""
+        self.loader = loader
+        set_epoch(loader, self.epoch)
+        here = {**random_state(self.device), "generators": [g.get_state() for g in own_generators(loader)]}
+        if self.epoch_start is None:
+            self.epoch_start = here
+            return iter(loader)
+        position = self.epoch_start.get("position")
+        if self.exhausted:
+            return iter(())
+        if position is not None:
+            loader.load_state_dict(position)  # type: ignore[attr-defined]
+            batches = iter(loader)
+        else:  # draw the epoch's batches again, and leave out those that are done
+            self.set_random_states(self.epoch_start, loader)
+            batches = iter(loader)
+            if sum(1 for _ in itertools.islice(batches, self.batch)) < self.batch:
+                raise ValueError(f"the run stopped after batch {self.batch}, but the loader has fewer; is it another data set?")
+        self.set_random_states(here, loader)
+        return batches
+
+    def restore_random_state(self, loader: Iterable) -> None:
+        """Put back the random state of the save; not at the load, since what is done in between may draw."""
+        if self.resumed is not None:
+            self.set_random_states(self.resumed["random_state"], loader)
+            self.resumed = None
+
+    def set_random_states(self, state: dict[str, Any], loader: Iterable) -> None:
+        """Set the global generators, and those of `loader`."""
+        set_random_state(state, self.device)
+        for generator, own in zip(own_generators(loader), state["generators"], strict=False):
+            generator.set_state(own)
+
+    @contextlib.contextmanager
+    def noted_signals(self) -> Iterator[None]:
+        """Note the first signal, to be obeyed between two steps; a second one ends the process at once.
+
+        Without `checkpoint_dir` there is nothing to save, and outside the main thread Python allows no handlers. A
+        signal that the process ignores stays ignored.
+        """
+        owner = os.getpid()
+
+        def note(signum: int, frame: object) -> None:
+            if os.getpid() != owner:  # a loader's forked worker: its parent decides when it ends
+                return
+            if self.signum:
+                for worker in multiprocessing.active_children():  # alone they would notice seconds later
+                    worker.kill()
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(owner, signum)
+            self.signum = signum
+            if hasattr(signal, "SIGCHLD") and callable(signal.getsignal(signal.SIGCHLD)):
+                # The signal may have ended the loader's workers too; torch's handler would raise amid a step.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+        self.signum = self.agreed_signum = 0
+        before = {}
+        if self.checkpoint_dir and threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+                number = getattr(signal, name, None)
+                if number is None or signal.getsignal(number) in (None, signal.SIG_IGN):
+                    continue
+                before[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop_if_signalled(self) -> None:
+        """Raise Interrupted if a signal was noted; of several processes all do so after the same step."""
+        signum = self.signum if distributed.world_size() == 1 else self.agreed_signum
+        if signum:
+            raise Interrupted(signum)
+
+    def signalled_in_validation(self) -> bool:
+        """Return whether to break off validation; a sharded model needs all processes in each batch, so they agree."""
+        if distributed.is_sharded(self.model):
+            self.signum = int(max(signum for (signum,) in distributed.all_gather([self.signum])))
+        return bool(self.signum)
+
+    # Save and resume.
 
     def save(self) -> Path:
-        """Saves the state under its step number in `checkpoint_dir`; returns the path."""
-        if self.checkpoints is None:
-            raise ValueError("Trainer was made without checkpoint_dir; give one to save")
+        """Save the state under its step in `checkpoint_dir`; return the path. All processes call it, one writes."""
+        if self.checkpoint_dir is None:
+            raise ValueError("give the Trainer a checkpoint_dir to save in")
+        self.read_losses(self.batch)
+        self.check_weights()
         state = self.state_dict()
-        weights = parallel.own_parameters(self.model)
-        named = bare_model(self.model).named_buffers() if distributed.is_main() else ()  # rank 0's are saved
-        statistics = [buffer for name, buffer in named if name not in self._infinite_by_design]
-        finite = torch.stack([tensor.isfinite().all() for tensor in (*weights, *statistics)]).tolist()
-        # a part of a sharded weight is seen by one process only, and rank 0 must not save the rest
-        everywhere = all(flag for (flag,) in distributed.all_gather([all(finite)]))
-        if self.nan_policy == "stop" and not everywhere:
-            # from an infinite gradient of a finite loss: the next loss would tell, too late for this checkpoint
-            which = "running statistic" if all(finite[: len(weights)]) else "weight"
-            raise NonFiniteLoss(
-                f"a {which} is NaN or infinite at epoch {self.epoch + 1}, batch {self.batch}, after {self.step} steps; "
-                "not saved; lower the learning rate or clip the gradient (clip_norm=1)"
-            )
+        path = checkpoint.step_path(self.checkpoint_dir, self.step)
         if distributed.is_main():
-            self.checkpoints.save(state)
-        self._saved_path = self.checkpoints.path(self.step)
-        self._saved_at = (self.step, self.epoch, self.batch)
-        return self._saved_path
+            checkpoint.save_step(state, self.checkpoint_dir, self.step)
+        self.saved_at = (path, self.step, self.epoch, self.batch)
+        return path
+
+    def save_best(self, values: dict[str, float]) -> None:
+        """Save the judged weights as best.pt: for use, not for a resume."""
+        weights, optimizer = distributed.full_state(self.model, self.optimizer)
+        best = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss": values.get("val_loss", values["train_loss"]),
+            "metrics": values,
+            "model_state_dict": weights if self.averages is None else distributed.full_weights(self.evaluated_model),
+            "optimizer_state_dict": optimizer,
+            "metadata": self.metadata,
+        }
+        if distributed.is_main():
+            assert self.checkpoint_dir is not None
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            checkpoint.save_checkpoint(best, self.checkpoint_dir / "best.pt")
+
+    def is_saved(self) -> bool:
+        """Return whether the state at hand is saved already."""
+        return self.saved_at is not None and self.saved_at[1:] == (self.step, self.epoch, self.batch) and self.pending is None
 
     def resume(self) -> Path | None:
-        """Goes on from the newest intact checkpoint of `checkpoint_dir`; returns its path, or None if there is none.
+        """Load the newest intact checkpoint of `checkpoint_dir`; return its path, or None if there is none.
 
-        Raises CheckpointError if there are some and none is intact, or if it belongs to something else.
+        Raise CheckpointError if there are some and none is intact, or if it does not fit this Trainer.
         """
-        if self.checkpoints is None:
-            raise ValueError("Trainer was made without checkpoint_dir; give one to resume from")
-        found = distributed.on_main(self.checkpoints.latest)
+        if self.checkpoint_dir is None:
+            raise ValueError("give the Trainer a checkpoint_dir to resume from")
+        folder = self.checkpoint_dir
+        found = distributed.on_main(lambda: checkpoint.load_latest(folder))
         if found is None:
             return None
         path, state = found
-        self.load_state_dict(state, where=str(path))
-        self._saved_at, self._saved_path = (self.step, self.epoch, self.batch), path
+        try:
+            self.load_state_dict(state)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            text = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise checkpoint.CheckpointError(f"{path}: does not fit: {text}; resume with the same set-up") from error
+        self.saved_at = (path, self.step, self.epoch, self.batch)
         return path
 
-    def _latest_loss(self) -> float | None:
-        latest = (self.history[name][-1] for name in ("val_loss", "train_loss") if self.history[name])
-        return next((loss for loss in latest if loss is not None), None)
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything the run depends on, as tensors and plain values. A subclass adds what it keeps.
 
-    def _best_state(self, values: dict[str, float | None]) -> dict[str, Any]:
-        """For use, not for resuming: the weights as they were judged. `epoch` counts the epochs done, as everywhere."""
-        weights, optimizer = parallel.full_state(self.model, self.optimizer)
+        Of several processes all must call it; the weights of a sharded model are gathered on rank 0.
+        """
+        weights, optimizer = distributed.full_state(self.model, self.optimizer)
+        losses = [values[-1] for name in ("val_loss", "train_loss") if (values := self.history.get(name))]
         return {
-            "format": FORMAT,
             "epoch": self.epoch,
+            "batch": self.batch,
             "step": self.step,
-            "loss": self._latest_loss(),
-            "metrics": values,
-            "model_state_dict": weights if self.averages is None else parallel.full_weights(self.evaluated_model),
+            "loss": next((loss for loss in losses if loss is not None), self.last_loss),
+            "history": {name: list(values) for name, values in self.history.items()},
+            "epoch_records": list(self.epoch_records),
+            "best_score": self.best_score,
+            "best_epoch": self.best_epoch,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "exhausted": self.exhausted,
+            "pending": self.pending,
+            "model_state_dict": weights,
             "optimizer_state_dict": optimizer,
+            "parts": {name: part.state_dict() for name, part in self.parts().items()},
+            "early_stopping": self.early_stopping.state_dict() if self.early_stopping is not None else None,
+            "kinds": self.kinds(),
             "metadata": self.metadata,
+            "ranks": distributed.gather_objects(self.rank_state()),
         }
 
-    def _leave_if_signalled(self) -> None:
-        if not (self._signals.signum or self._agreed_signal):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state` exactly, whatever draws random numbers before `fit`. Raise if it does not fit."""
+        if state["kinds"] != self.kinds():
+            raise ValueError(f"it was saved with {state['kinds']}, this Trainer has {self.kinds()}")
+        distributed.load_full_state(self.model, self.optimizer, state["model_state_dict"], state["optimizer_state_dict"])
+        for name, part in self.parts().items():
+            part.load_state_dict(state["parts"][name])
+        if self.early_stopping is not None and state["early_stopping"] is not None:
+            self.early_stopping.load_state_dict(state["early_stopping"])
+        self.epoch = state["epoch"]
+        self.batch = state["batch"]
+        self.step = state["step"]
+        self.history = {name: list(values) for name, values in state["history"].items()}
+        self.epoch_records = list(state["epoch_records"])
+        self.best_score = state["best_score"]
+        self.best_epoch = state["best_epoch"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.exhausted = state["exhausted"]
+        self.pending = state["pending"]
+        self.load_rank_state(state["ranks"])
+
+    def rank_state(self) -> dict[str, Any]:
+        """Return what differs between processes: means, random state, the loader's position, BatchNorm's statistics."""
+        if self.resumed is not None:  # nothing was trained since the load
+            return self.resumed
+        start = self.epoch_start
+        if start is not None and hasattr(self.loader, "state_dict") and hasattr(self.loader, "load_state_dict"):
+            start = {"position": self.loader.state_dict()}
+        generators = [g.get_state() for g in own_generators(self.loader)]
+        several = distributed.world_size() > 1 and not distributed.is_sharded(self.model)
+        buffers = distributed.unwrap(self.model).named_buffers() if several else ()
+        return {
+            "means": self.means.sums,
+            "random_state": {**random_state(self.device), "generators": generators},
+            "epoch_start": start,
+            "buffers": {name: buffer.clone() for name, buffer in buffers},
+        }
+
+    def load_rank_state(self, ranks: list[dict[str, Any]]) -> None:
+        """Load this process's part, exactly if as many processes saved; else begin new random streams and say so."""
+        rank = distributed.rank()
+        if len(ranks) == distributed.world_size():
+            self.resumed = ranks[rank]
+            self.means = Means(self.resumed["means"])
+        else:
+            if distributed.is_main():
+                warnings.warn(
+                    f"saved by {len(ranks)} processes, continued by {distributed.world_size()}: the batches stay the same, "
+                    "the random numbers in the model do not",
+                    stacklevel=4,
+                )
+            self.resumed = ranks[0] | {"buffers": {}}
+            self.means = Means.sum_of(part["means"] for part in ranks) if rank == 0 else Means()
+            self.resumed["means"] = self.means.sums
+            if rank:
+                torch.manual_seed(torch.initial_seed() + rank)
+                self.resumed["random_state"] = {**random_state(self.device), "generators": ranks[0]["random_state"]["generators"]}
+        self.epoch_start = self.resumed["epoch_start"]
+        own = dict(distributed.unwrap(self.model).named_buffers())
+        for name, buffer in self.resumed["buffers"].items():
+            own[name].copy_(buffer)
+
+    def parts(self) -> dict[str, Any]:
+        """Return what else has a state: scheduler, averages, loss scaler, a criterion that learns."""
+        learning = isinstance(self.criterion, nn.Module) and any(True for _ in self.criterion.parameters())
+        parts = {
+            "scheduler": self.scheduler,
+            "averages": self.averages,
+            "scaler": self.scaler if self.scaler.is_enabled() else None,
+            "criterion": self.criterion if learning else None,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def kinds(self) -> dict[str, str]:
+        """Return the kinds of the optimizer and of `parts`, which must be the same at a resume."""
+        return {name: type(part).__name__ for name, part in {"optimizer": self.optimizer, **self.parts()}.items()}
+
+    # Checks, with messages that say what was expected and what came.
+
+    def check_setup(self) -> None:
+        """Raise ValueError for arguments that cannot be trained with."""
+        if self.default_loss and getattr(self.criterion, "reduction", "mean") not in ("mean", "batchmean"):
+            raise ValueError(f"the criterion must have reduction='mean', got {self.criterion.reduction!r}; or override compute_loss")  # type: ignore[union-attr]
+        if self.default_loss and self.criterion is None:
+            raise ValueError("criterion=None needs a subclass that overrides compute_loss")
+        if "loss" in self.metrics:
+            raise ValueError("a metric cannot be named 'loss'; choose another name")
+        if self.scheduler_interval not in ("step", "epoch"):
+            raise ValueError(f"scheduler_interval must be 'step' or 'epoch', got {self.scheduler_interval!r}")
+        for name in ("accumulate", "clip_norm", "clip_value", "save_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.save_every and self.checkpoint_dir is None:
+            raise ValueError(f"save_every={self.save_every} needs a checkpoint_dir to save in")
+        self.check_optimizer()
+        plateau = self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None
+        if plateau is not None and self.scheduler_interval == "step":
+            raise ValueError("ReduceLROnPlateau needs the value of an epoch; use scheduler_interval='epoch'")
+        if self.early_stopping is not None and getattr(self.early_stopping, "mode", "") is None:
+            self.early_stopping.mode = self.mode
+        for watcher in (self.early_stopping, plateau):
+            mode = getattr(watcher, "mode", self.mode)
+            if mode != self.mode:
+                raise ValueError(f"{type(watcher).__name__} has mode={mode!r}, but {self.monitor} needs mode={self.mode!r}")
+        if distributed.is_sharded(self.model) and (self.averages is not None or self.precision == "fp16"):
+            raise ValueError("averages and fp16 do not work with a sharded model; use DDP, or leave them out")
+
+    def check_optimizer(self) -> None:
+        """Raise ValueError for an optimizer that trains something else, or that needs a closure."""
+        own = {id(parameter) for parameter in self.model.parameters()}
+        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if not any(id(parameter) in own for parameter in held):
+            raise ValueError("the optimizer holds none of the model's parameters; make it from this model's parameters()")
+        closure = inspect.signature(type(self.optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(f"{type(self.optimizer).__name__} needs a closure for each step; use another optimizer")
+
+    def check_fit(self, val_loader: Iterable | None) -> None:
+        """Warn if the monitored value will be one of training; refuse to mix two runs in one folder."""
+        decides = self.early_stopping is not None or self.checkpoint_dir or isinstance(self.scheduler, ReduceLROnPlateau)
+        if val_loader is None and self.monitor.startswith("val_") and decides:
+            name = self.monitor.replace("val_", "train_")
+            warnings.warn(f"there is no validation loader: {name} is monitored instead of {self.monitor}", stacklevel=3)
+        folder = self.checkpoint_dir
+        if folder and self.saved_at is None and distributed.on_main(lambda: bool(checkpoint.saved_steps(folder))):
+            raise ValueError(f"{folder}: holds an earlier run; call resume(), or give another folder")
+
+    def check_training_loader(self, loader: Any) -> None:
+        """Raise ValueError for an iterator, and for what would train several processes wrongly."""
+        if isinstance(loader, Iterator):
+            raise ValueError("the training loader is an iterator, which can be read only once; give a list or a DataLoader")
+        processes = distributed.world_size()
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and processes == 1:
+            raise ValueError(f"WORLD_SIZE is {started}, but there is no process group; use distributed.process_group")
+        if processes == 1:
             return
-        signum = self._signals.signum if distributed.world_size() == 1 else self._agreed_signal
-        if signum:
-            saved = self._saved_at == (self.step, self.epoch, self.batch)
-            raise Interrupted(signum, self._saved_path if saved else self.save())
-
-
-def _group_sizes(optimizer: dict[str, Any]) -> list[int] | None:
-    """How many parameters each of an optimizer's `param_groups` has; None if there are no such things."""
-    try:
-        return [len(group["params"]) for group in optimizer["param_groups"]]
-    except (KeyError, TypeError):
-        return None
-
-
-def _name_worker(error: Exception) -> None:
-    """Where `error` is of reading from a loader's worker that is gone, raises one that says so."""
-    if isinstance(error, (EOFError, ConnectionError)):
-        raise RuntimeError("a worker process of the loader has ended: killed, perhaps for want of memory") from error
-
-
-def _check_options(
-    criterion: Any,
-    scheduler_interval: str | None,
-    accumulate: int,
-    clip_norm: float | None,
-    clip_value: float | None,
-    nan_policy: str,
-    monitor: str,
-    save_every: int | None,
-    log_every: int,
-) -> None:
-    if getattr(criterion, "reduction", "mean") not in ("mean", "batchmean"):
-        raise ValueError(
-            f"criterion.reduction must be 'mean' or 'batchmean', got {criterion.reduction!r}: "
-            "the Trainer weights by samples itself"
-        )
-    for name, value, allowed in (
-        ("scheduler_interval", scheduler_interval, (None, "step", "epoch")),
-        ("nan_policy", nan_policy, NAN_POLICIES),
-        ("monitor", monitor, MONITORS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    for name, number in (("accumulate", accumulate), ("save_every", save_every), ("log_every", log_every)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
-    for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-        if bound is not None and not (bound > 0 and math.isfinite(bound)):
-            raise ValueError(f"{name} must be positive and finite, got {bound}")
-
-
-def _check_directions(scheduler: Any, scheduler_interval: str | None, early_stopping: Any, monitor: str) -> None:
-    """A plateau schedule steps once per epoch, and who watches the monitored value must know whether less is better."""
-    mode, plateau = "max" if monitor.endswith("acc") else "min", isinstance(scheduler, ReduceLROnPlateau)
-    if plateau and scheduler_interval == "step":
-        raise ValueError("ReduceLROnPlateau needs the value of an epoch; use scheduler_interval='epoch'")
-    for watcher in (early_stopping, scheduler if plateau else None):
-        found = getattr(watcher, "mode", mode)
-        if found != mode:
+        if not distributed.is_wrapped(self.model):
+            raise ValueError("several processes train one model: wrap it with distributed.replicate or shard")
+        if "criterion" in self.parts():
+            raise ValueError("processes do not exchange gradients of a criterion; move its parameters into the model")
+        sampler = distributed_sampler(loader)
+        if sampler is None and not getattr(loader, "sharded", False):
             raise ValueError(
-                f"{type(watcher).__name__} has mode={found!r}, but monitor={monitor!r} needs mode={mode!r}"
+                "every process would train on the same batches; use TensorLoader or a DataLoader with a "
+                "DistributedSampler, or set loader.sharded = True"
             )
+        size = getattr(loader, "batch_size", None)
+        dataset = getattr(loader, "dataset", None)
+        if size and hasattr(dataset, "__len__") and not getattr(loader, "drop_last", False):
+            whole = size * (processes if sampler is not None else 1)
+            if len(dataset) % whole:
+                raise ValueError(f"{len(dataset)} samples make no whole number of batches of {whole}; use drop_last=True")
+
+    def check_validation_loader(self, loader: Any) -> None:
+        """Raise ValueError for what would judge several processes wrongly."""
+        if isinstance(loader, Iterator):
+            raise ValueError("the validation loader is an iterator, which can be read only once; give a list or a DataLoader")
+        sampler = distributed_sampler(loader)
+        if sampler is not None and len(loader.dataset) % sampler.num_replicas:
+            raise ValueError("the validation sampler counts some samples twice or not at all; use TensorLoader or a subset per rank")
+        if distributed.is_sharded(self.model) and (sampler is not None or getattr(loader, "world_size", 1) > 1):
+            raise ValueError("with a sharded model every process reads the whole validation set: TensorLoader(…, world_size=1)")
+
+    def check_loss(self, loss: Any, outputs: Any, targets: Any) -> None:
+        """Raise ValueError if the loss cannot be trained, or if the shapes would be broadcast in silence."""
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+            raise ValueError(f"compute_loss must return a loss of one number, got {describe(loss)}")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError("the loss does not depend on any parameter that requires a gradient; is everything frozen?")
+        elementwise = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+        if isinstance(self.criterion, elementwise) and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+            if outputs.shape != targets.shape:
+                raise ValueError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must have one shape")
+
+    def check_weights(self) -> None:
+        """Raise NonFiniteLoss if a trainable weight is NaN or infinite: such a state is never saved."""
+        weights = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        if distributed.is_sharded(self.model):
+            weights = [weight.to_local() for weight in weights]  # type: ignore[attr-defined]
+        finite = bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
+        if not all(flag for (flag,) in distributed.all_gather([finite])):
+            raise NonFiniteLoss(f"a weight is NaN or infinite, not saved, {self.where()}")
+
+
+def monitored(monitor: str | tuple[str, str]) -> tuple[str, str]:
+    """Return the monitored name and its direction, "min" or "max"."""
+    if isinstance(monitor, str):
+        if monitor.endswith("loss"):
+            return monitor, "min"
+        if monitor.endswith("acc"):
+            return monitor, "max"
+        raise ValueError(f"monitor={monitor!r}: say whether less is better: ({monitor!r}, 'min') or ({monitor!r}, 'max')")
+    name, mode = monitor
+    if mode not in ("min", "max"):
+        raise ValueError(f"monitor must be (name, 'min') or (name, 'max'), got {monitor!r}")
+    return name, mode
+
+
+def own_generators(loader: Any) -> list[torch.Generator]:
+    """Return the torch generators of `loader` and of its samplers, each once."""
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    found = [getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None), sampler)]
+    return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
+
+
+@contextlib.contextmanager
+def preserved_generators(loader: Any) -> Iterator[None]:
+    """Draw inside from the loader's own generators; afterwards they are where they were."""
+    states = [(generator, generator.get_state()) for generator in own_generators(loader)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the epoch to `loader`, its samplers and its data set, as far as they want to know it."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    for part in (loader, *samplers, getattr(loader, "dataset", None)):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+def distributed_sampler(loader: Any) -> Any:
+    """Return the DistributedSampler (or one like it) of a DataLoader, or None."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if hasattr(sampler, "num_replicas"):
+            return sampler
+    return None
+
+
+def describe(value: Any) -> str:
+    """Return a short description of `value` for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)} parts"
+    return f"{type(value).__name__} {value!s:.80}"

@@ -1,0 +1,162 @@
+"""Run a script's `main`: errors and warnings in one line each, exit codes, and types for its options.
+
+    parser = Parser(description=__doc__)
+    parser.add_argument("--epochs", type=number(int, 1), default=15, help="passes over the data (default: 15)")
+    …
+    sys.exit(run(main, debug="--debug" in sys.argv, out_of_memory="try half the --batch-size with --accumulate 2"))
+
+Exit codes: 0 success, 1 failure at run time, 2 bad arguments or input, 3 a missing optional package, 130 Ctrl-C,
+141 standard output was closed by its reader, 128 + signal interrupted by a signal after everything was saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class MissingExtra(ImportError):
+    """An optional package is absent. The text names the command that installs it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with one-line errors and without abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, but refuse `--option=--`, which may give an empty list there."""
+        args = sys.argv[1:] if args is None else list(args)
+        for word in args:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: expected a value, got '--'")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> Any:
+        """Print `message` and exit with code 2."""
+        self.exit(2, f"error: {_short(message)}; see --help\n")
+
+
+def number(kind: type, low: float, high: float = math.inf, strict: bool = False) -> Callable[[str], Any]:
+    """Return an argparse type: a finite `kind` (int or float) from `low` to `high`, above `low` if `strict`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+            valid = math.isfinite(value) and low <= value <= high and not (strict and value == low)
+        except (ValueError, OverflowError):
+            valid = False
+        if not valid:
+            limits = f"{'above' if strict else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} {limits}, got {text!r}")
+        return value
+
+    return parse
+
+
+def path_argument(text: str) -> str:
+    """Return `text`. As an argparse type it refuses the empty path that an unset shell variable gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty one")
+    return text
+
+
+def printable(text: object) -> str:
+    """Return `text` as one line, with control and other unprintable characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def run(
+    main: Callable[[Sequence[str] | None], int | None],
+    argv: Sequence[str] | None = None,
+    *,
+    debug: bool = False,
+    out_of_memory: str = "",
+) -> int:
+    """Return the exit code of `main(argv)`; print an error or a warning as one line on stderr.
+
+    With `debug` an error propagates and shows its traceback. `out_of_memory` says what to do when memory runs out. An
+    exception with a `signum` (a run that was interrupted and saved) prints its text and gives 128 + `signum`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # escape what the terminal cannot encode
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *args, **kwargs: _print(f"warning: {message}")
+        try:
+            code: Any = main(argv) or 0
+        except SystemExit as stop:  # from --help and from the parser's errors
+            code = stop.code or 0
+        except KeyboardInterrupt:
+            _print("interrupted")
+            code = 130
+        except BrokenPipeError:
+            code = 141
+        except Exception as error:
+            if debug and not hasattr(error, "signum"):
+                raise
+            code, line = _describe(error, out_of_memory)
+            _print(line)
+    return _flush(code)
+
+
+def _describe(error: Exception, out_of_memory: str) -> tuple[int, str]:
+    """Return the exit code for `error`, and its line: what went wrong, where, and what to do."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # from a worker of a DataLoader: the last line is the error
+        text = text.splitlines()[-1].partition(": ")[2]
+    text = " ".join(text.split())
+    if hasattr(error, "signum"):
+        return 128 + error.signum, text
+    if isinstance(error, MissingExtra):
+        return 3, f"error: {text}"
+    allocation = r"out of memory|can't allocate memory|you tried to allocate|ALLOC_FAILED"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(allocation, text)):
+        size = re.search(r"allocate ([\d.,]+ \w+)", text)
+        line = "error: out of memory" + (f": cannot allocate {size[1]}" if size else "")
+        return 1, f"{line}; {out_of_memory}" if out_of_memory else line
+    code = 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+    if isinstance(error, OSError) and error.strerror:
+        line = f"error: {error.strerror}" + (f": {error.filename}" if error.filename else "")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+        return code, f"{line}; make room, permit it, or choose another place" if full else line
+    ours = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]  # such as NonFiniteLoss
+    if text and (ours or isinstance(error, (ValueError, OSError))):
+        return code, f"error: {text}"
+    return code, f"error: {type(error).__name__}: {text} (--debug shows the traceback)"
+
+
+def _short(text: str) -> str:
+    """Return `text` as one line of at most 600 characters, with what the user gave cut if it is long."""
+    given = r"'[^']{200,}'|\"[^\"]{200,}\"|(?<=unrecognized arguments: ).{200,}|\S{200,}"
+    return printable(re.sub(given, lambda match: f"{match[0][:50]}...{match[0][-50:]}", text, flags=re.S))[:600]
+
+
+def _print(text: str) -> None:
+    print(_short(text), file=sys.stderr, flush=True)
+
+
+def _flush(code: int) -> int:
+    """Write out what standard output holds. Return `code`, or 141 or 1 if it was 0 and that cannot be done."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except OSError as error:
+        # Python would try again at its exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return code or 141
+        if not code:
+            _print(f"error: {error.strerror}: standard output; make room, or choose another place")
+        return code or 1
