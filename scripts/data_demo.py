@@ -32,13 +32,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from torchbasics.data import (
     CustomDataset,
-    SeededImageFolder,
     TensorLoader,
     channel_statistics,
-    folder_loader,
     get_transforms,
     load_images,
     pad_collate,
+    read_image,
     split_dataset,
 )
 from torchbasics.demo import Parser, Sections, show, show_error, skip
@@ -268,7 +267,7 @@ def loader_worker_seeds() -> None:
     two, again, none = _draws(2), _draws(2), _draws(0)
     show("2 workers: different numbers of 8", len(two.unique()), 8)
     show("same generator seed, 2 workers: equal", torch.equal(two, again), True)
-    # SeededImageFolder (transforms.seeded, below) makes augmentation independent of the number of workers.
+    # SeededPaths (transforms.seeded, below) makes augmentation independent of the number of workers.
     show("0 workers instead of 2: equal", torch.equal(two, none), False)
 
 
@@ -311,16 +310,16 @@ def collate_padding() -> None:
     """Sequences of different length cannot be stacked: a collate_fn pads them, and hands on their lengths."""
     samples: Any = [(torch.tensor([1.0, 2.0, 3.0]), 0), (torch.tensor([4.0]), 1), (torch.tensor([5.0, 6.0]), 0)]
     show_error("the default collate", lambda: next(iter(DataLoader(samples, batch_size=3))), RuntimeError, "equal size")
-    [(padded, lengths, targets)] = DataLoader(samples, batch_size=3, collate_fn=pad_collate)
+    [((padded, lengths), targets)] = DataLoader(samples, batch_size=3, collate_fn=pad_collate)
     show("padded (B, longest)", padded, [[1, 2, 3], [4, 0, 0], [5, 6, 0]])
     show("lengths", lengths, [3, 1, 2])
     show("targets", targets, [0, 1, 0])
     show("the same by PyTorch's pad_sequence", padded, pad_sequence([x for x, _ in samples], batch_first=True))
-    [(first, _, _), (second, _, _)] = DataLoader(samples, batch_size=2, collate_fn=pad_collate)
+    [((first, _), _), ((second, _), _)] = DataLoader(samples, batch_size=2, collate_fn=pad_collate)
     show("shapes by 2: as long as each batch needs", (first.shape, second.shape), ((2, 3), (1, 2)))
-    filled, _, _ = partial(pad_collate, padding_value=-1.0)(samples)  # a partial can be pickled, a lambda cannot
+    (filled, _), _ = partial(pad_collate, padding_value=-1.0)(samples)  # a partial can be pickled, a lambda cannot
     show("with padding_value=-1", filled[1], [4, -1, -1])
-    vectors, _, _ = pad_collate([(torch.ones(2, 5), 0), (torch.ones(7, 5), 1)])
+    (vectors, _), _ = pad_collate([(torch.ones(2, 5), 0), (torch.ones(7, 5), 1)])
     show("sequences of vectors (2, 5) and (7, 5)", vectors.shape, (2, 7, 5))
 
 
@@ -332,7 +331,7 @@ def _equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 @section("collate.mask", "D3")
 def collate_mask() -> None:
     """Padding must not count: the lengths give the mask that leaves it out."""
-    padded, lengths, _ = pad_collate([(torch.tensor([1.0, 2.0, 3.0]), 0), (torch.tensor([4.0]), 1)])
+    (padded, lengths), _ = pad_collate([(torch.tensor([1.0, 2.0, 3.0]), 0), (torch.tensor([4.0]), 1)])
     mask = torch.arange(padded.shape[1]) < lengths[:, None]  # (B, longest)
     show("mask", mask, [[True, True, True], [True, False, False]])
     show("mean over the padded rows: the 2nd is wrong", padded.mean(dim=1), [2, 4 / 3])
@@ -433,19 +432,8 @@ class ImagePaths(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = read_image(self.paths[index])
+        image = read_image(self.paths[index], "RGB")  # whatever the file holds: grey, a palette, transparency
         return (image if self.transform is None else self.transform(image)), self.labels[index]
-
-
-def read_image(path: Path) -> Any:
-    """Return the PIL image in the file at `path`; raises ValueError that names the file if it cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")  # whatever it was: grey, with a palette, with transparency
-    except Exception as error:  # PIL raises nearly anything on a broken file
-        raise ValueError(f"{path}: not a readable image ({error})") from error
 
 
 @section("images.folder", "D5")
@@ -513,11 +501,10 @@ def images_bad() -> None:
     show("does the message name 1.png?", "1.png" in _failure(lambda: folder[1]), False)
     paths = sorted(root.glob("*/*.png"))
     dataset = ImagePaths(paths, [0, 0, 0], transform=v2.ToImage())
-    show_error("ImagePaths names it", lambda: dataset[1], ValueError, f"{paths[1]}: not a readable image")
+    show_error("ImagePaths names it", lambda: dataset[1], DataError, f"{paths[1]}: not a readable image")
     in_worker = _failure(lambda: list(DataLoader(dataset, num_workers=1)))  # begins with the worker's traceback
-    show("from a worker: the last line", in_worker.splitlines()[-1], f"ValueError: {_failure(lambda: dataset[1])}")
-    seeded = SeededImageFolder(root)
-    show_error("so does SeededImageFolder", lambda: seeded[2], DataError, f"{paths[2]}: not a readable image")
+    said = f"torchbasics.mnist.DataError: {_failure(lambda: dataset[1])}"
+    show("from a worker: the last line", in_worker.splitlines()[-1], said)
     show("all bad files, found before training", [path.name for path in unreadable(paths)], ["1.png", "2.png"])
     empty = output_folder() / "empty"
     (empty / "cat").mkdir(parents=True, exist_ok=True)
@@ -540,7 +527,7 @@ def unreadable(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         try:
             read_image(path)
-        except ValueError:
+        except DataError:
             bad.append(path)
     return bad
 
@@ -735,15 +722,29 @@ def _evaluate_by_hand(image: Tensor) -> Tensor:
     return (middle / 255 - mean[:, None, None]) / std[:, None, None]
 
 
+class SeededPaths(ImagePaths):
+    """Images whose transform draws from (seed, epoch, index): the same in any process, after any other draws."""
+
+    seed = 3
+    epoch = 0
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        with torch.random.fork_rng(devices=[]):  # the transforms of v2 draw from torch's global generator
+            torch.manual_seed(1_000_003 * (1_000_003 * self.seed + self.epoch) + index)
+            return super().__getitem__(index)
+
+
 @section("transforms.seeded", "D5", "D6")
 def transforms_seeded() -> None:
-    """torchbasics.SeededImageFolder draws each augmentation from (seed, epoch, sample): workers change nothing."""
-    folder = SeededImageFolder(write_photos(), get_transforms(train=True, size=32), seed=3)
-    show("classes", folder.classes, ("circle", "square"))
-    show("the same sample twice: equal", torch.equal(folder[0][0], folder[0][0]), True)
-    show("in another epoch: equal", torch.equal(folder[0][0], folder[0, 1][0]), False)
-    alone, helped = (list(folder_loader(folder, 4, shuffle=True, seed=3, num_workers=n)) for n in (0, 1))
+    """Augmentation that is drawn from (seed, epoch, sample) does not depend on the number of workers."""
+    paths = sorted(write_photos().glob("*/*.png"))
+    dataset = SeededPaths(paths, [0, 0, 0, 1, 1, 1], get_transforms(train=True, size=32))
+    before = dataset[0][0]
+    show("the same sample twice: equal", torch.equal(before, dataset[0][0]), True)
+    alone, helped = (list(DataLoader(dataset, batch_size=4, num_workers=workers)) for workers in (0, 1))
     show("0 and 1 workers: equal inputs", _equal([x for x, _ in alone], [x for x, _ in helped]), True)
+    dataset.epoch = 1
+    show("in another epoch: equal", torch.equal(before, dataset[0][0]), False)
 
 
 @section("transforms.grid", "D6")
@@ -927,11 +928,13 @@ def speed_same_samples(device: torch.device) -> None:
     dataset = usual_dataset(1000)
     fast = tensor_loader(dataset, 128, device=device)
     _show_equal("in order", fast, DataLoader(dataset, 128))
-    shuffled = tensor_loader(dataset, 128, device=device, shuffle=True, seed=5)
-    order = shuffled.batches.order().tolist()  # of the first epoch
+    # Targets 0, 1, 2, ... tell the order in which the samples come.
+    numbered = TensorLoader(torch.zeros(1000, 1), torch.arange(1000), 128, shuffle=True, seed=5)
+    order, second = (torch.cat([targets for _, targets in numbered]).tolist() for _ in range(2))
     show("shuffled: every sample once", sorted(order) == list(range(1000)) and order != list(range(1000)), True)
+    shuffled = tensor_loader(dataset, 128, device=device, shuffle=True, seed=5)
     _show_equal("shuffled", shuffled, DataLoader(dataset, 128, sampler=order))
-    show("second epoch: in the same order", shuffled.batches.order().tolist() == order, False)
+    show("second epoch: in the same order", second == order, False)
 
 
 def _show_equal(label: str, fast: TensorLoader, usual: DataLoader) -> None:

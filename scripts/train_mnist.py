@@ -1,15 +1,16 @@
-"""Trains a digit classifier to above 99.6% on MNIST, resumable at any moment; without data on digits drawn for it.
+"""Train a digit classifier to above 99.6% on MNIST; stop it whenever you like, and resume it exactly.
 
     python scripts/train_mnist.py --epochs 15
     python scripts/train_mnist.py --resume runs/mnist-20260102-030405
+
+Without MNIST and without a network it trains on digits that the program draws, and says so. To train on other data,
+change `make_loaders` and the model in `main`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import math
 import shlex
 import sys
 import tempfile
@@ -18,269 +19,317 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if (ROOT / "torchbasics" / "__init__.py").is_file():  # in a checkout its own package comes first, installed or not
-    sys.path.insert(0, str(ROOT))
-
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 import torchbasics as tb
-from torchbasics import options
-from torchbasics.device import preserved_random_state
-from torchbasics.evaluation import to_device
-from torchbasics.loaders import Loaders, make_loaders
-from torchbasics.mnist import import_torchvision
-from torchbasics.report import Report, judge, print_result, python_command, score, unused_directory
+from torchbasics import cli
+
+# Augmentation of the training images, at random for each: degrees, share of the size, share of the size.
+ROTATION, SHIFT, SCALING = 10.0, 0.1, 0.1
+# A preset is nothing but other defaults, tuned on held-out training images. What is given beside it wins.
+PRESETS: dict[str, dict[str, Any]] = {
+    "speedrun": {"model": "fastnet", "epochs": 1, "batch_size": 224, "lr": 4e-2, "weight_decay": 0.1,
+                 "warmup_epochs": 0.15, "label_smoothing": 0.1, "augment": False},
+    "best": {"model": "widevgg", "epochs": 15, "ema": 0.999, "tta": True},
+}  # fmt: skip
+# These may change when a run is resumed. All others decide its course.
+FREE_ON_RESUME = {"output", "resume", "quiet", "debug", "data_dir", "patience", "tensorboard", "anomaly", "save_every"}
+OUT_OF_MEMORY = "use half the --batch-size with --accumulate 2, then --precision bf16, then a smaller --model"
 
 
-def load_data(args: argparse.Namespace, device: torch.device) -> Loaders:
-    return make_loaders(
-        args.dataset, args.data_dir, args.batch_size, val_size=args.val_size, augment=args.augment,
-        rotation=args.rotation, shift=args.shift, scaling=args.scaling,
-        image_size=args.image_size, num_workers=args.num_workers, seed=args.seed, limit_batches=args.limit_batches,
-        limit_evaluation=args.limit_batches if args.dry_run else None, device=device)
+def make_parser() -> cli.Parser:
+    positive, fraction, rate = cli.number(int, 1), cli.number(float, 0, 0.999999), cli.number(float, 0, strict=True)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="auto", choices=("auto", "mnist", "fashion-mnist", "kmnist", "digits"),
+        help="auto: MNIST, or drawn digits without it (default: auto)")
+    add("--data-dir", default="./data", type=cli.path_argument, metavar="DIR", help="where it is (default: ./data)")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="rotate, shift, resize (default: on)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="smallvgg", choices=tuple(tb.MODELS), metavar="NAME",
+        help=f"{', '.join(tb.MODELS)} (default: smallvgg)")
+    add("--dropout", type=fraction, default=0.2, metavar="P", help="where the model has it (default: 0.2)")
+    add("--tta", action=argparse.BooleanOptionalAction, default=False,
+        help="judge each test image by nine shifted views (default: off)")
+    add("--init-from", type=cli.path_argument, metavar="FILE", help="start from the weights in a checkpoint")
+    add = parser.add_argument_group("training").add_argument
+    add("--preset", choices=PRESETS, help="other defaults: speedrun (99%% in seconds), best (most accurate)")
+    add("--epochs", type=positive, default=15, metavar="N", help="passes over the training images (default: 15)")
+    add("--batch-size", type=positive, default=128, metavar="N", help="images per batch (default: 128)")
+    add("--optimizer", choices=("adam", "adamw", "sgd", "rmsprop", "adagrad"), default="adamw", metavar="NAME",
+        help="adam, adamw, sgd, rmsprop, adagrad (default: adamw)")
+    add("--lr", type=rate, default=3e-3, metavar="RATE", help="highest learning rate (default: 0.003)")
+    add("--weight-decay", type=cli.number(float, 0), default=1e-2, metavar="W", help="(default: 0.01)")
+    add("--schedule", choices=("constant", "step", "cosine", "onecycle", "plateau"), default="onecycle",
+        metavar="NAME", help="constant, step, cosine, onecycle, plateau (default: onecycle)")
+    add("--warmup-epochs", type=cli.number(float, 0), default=0.0, metavar="E",
+        help="linear warm-up (default: 0; onecycle: 30%% of all)")
+    add("--label-smoothing", type=fraction, default=0.0, metavar="S", help="(default: 0)")
+    add("--clip-norm", type=rate, metavar="NORM", help="limit of the gradient's norm (default: none)")
+    add("--clip-value", type=rate, metavar="V", help="limit of the gradient's entries (default: none)")
+    add("--accumulate", type=positive, default=1, metavar="N", help="batches per optimizer step (default: 1)")
+    add("--ema", type=fraction, default=0.0, metavar="DECAY", help="average the weights, e.g. 0.999 (default: off)")
+    add("--patience", type=cli.number(int, 0), default=0, metavar="N",
+        help="stop after N epochs without a lower validation loss (default: 0, never)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="auto: bf16 where the hardware computes in it (default: auto)")
+    add("--compile", nargs="?", const="default", metavar="MODE",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        help="torch.compile: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs")
+    add("--threads", type=positive, metavar="N", help="CPU threads; other numbers give other last digits")
+    add = parser.add_argument_group("run").add_argument
+    add("--output", type=cli.path_argument, metavar="DIR", help="new directory (default: runs/DATASET-DATE-TIME)")
+    add("--resume", type=cli.path_argument, metavar="DIR", help="continue the run in DIR with its own options")
+    add("--save-every", type=positive, metavar="N", help="save every N steps (default: after each epoch)")
+    add("--seed", type=cli.number(int, 0, 2**32 - 1), default=42, metavar="N", help="(default: 42)")
+    add("--deterministic", action="store_true", help="deterministic kernels only")
+    add("--dry-run", action="store_true", help="two batches of everything, nothing kept")
+    add("--limit-batches", type=positive, metavar="N", help="train on N batches per epoch only")
+    add("--quiet", action="store_true", help="print the result only")
+    add("--tensorboard", action="store_true", help="write TensorBoard files too (needs that package)")
+    add("--anomaly", action="store_true", help="name the forward line of a NaN gradient; slow")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
 
 
-def build_trainer(args: argparse.Namespace, data: Loaders, device: torch.device, checkpoints: Path) -> tb.Trainer:
-    facts = data.facts
-    model = tb.make_model(args.model, len(facts["classes"]), facts["in_channels"], facts["image_size"], args.dropout)
-    model.to(device)
-    optimizer = tb.make_optimizer(args.optimizer, model.parameters(), args.lr, args.weight_decay,
-                                  capturable=args.cuda_graph != "off")
-    steps_per_epoch = -(-len(data.train) // args.accumulate)
-    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
-    schedule = tb.make_schedule(args.schedule, optimizer, args.epochs * steps_per_epoch, warmup_steps)
-    return tb.Trainer(
-        model, nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), optimizer, device, schedule,
-        precision=args.precision, channels_last=True, compile=args.compile, cuda_graph=args.cuda_graph,
-        accumulate=args.accumulate, clip_norm=args.clip_norm, clip_value=args.clip_value, nan_policy=args.nan_policy,
-        averages=tb.averaged_copy(model, args.ema) if args.ema else None,
-        early_stopping=tb.EarlyStopping(args.patience, args.min_delta) if args.patience else None,
-        checkpoint_dir=checkpoints, save_every=args.save_every, keep=args.keep,
-        metadata={"model": args.model, "dropout": args.dropout, **data.facts})
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the options, those of the preset and of a resumed run included."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume:
+        if args.output or args.dry_run or args.init_from:
+            parser.error("--resume does not go with --output, --dry-run or --init-from")
+        return resumed_args(args, argv)
+    parser.set_defaults(**PRESETS.get(args.preset, {}))
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        args.epochs, args.limit_batches, args.warmup_epochs = 1, 2, min(args.warmup_epochs, 1)
+    if args.warmup_epochs > args.epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
+    if args.schedule == "plateau" and args.warmup_epochs:
+        parser.error("--schedule plateau has no warm-up; leave --warmup-epochs out")
+    args.threads = args.threads or torch.get_num_threads()
+    return args
 
 
-def draw_mistakes(logits: Tensor, targets: Tensor, data: Loaders, path: Path, most: int = 40) -> None:
-    """Writes the test images whose true class got the lowest probability, worst first, eight in a row."""
-    true_probability = logits.softmax(1).gather(1, targets[:, None])[:, 0]
-    wrong = (logits.argmax(1) != targets).nonzero()[:, 0]
-    worst = wrong[true_probability[wrong].argsort()][:most].tolist()
-    if worst:
-        images: dict[int, Tensor] = {}
-        start = 0
-        for inputs, _ in data.test:
-            images |= {i: inputs[i - start].cpu() for i in worst if start <= i < start + len(inputs)}
-            start += len(inputs)
-        import_torchvision()
-        from torchvision.utils import save_image
+def resumed_args(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
+    """Return the options of the run in `args.resume`, with those given now as far as they may differ."""
+    found = tb.load_latest(Path(args.resume) / "checkpoints")
+    if found is None:
+        raise ValueError(f"{args.resume}: no checkpoint to resume from; start a new run")
+    saved = found[1]["metadata"]["options"]
+    parser = make_parser()
+    parser.set_defaults(**saved)
+    merged = parser.parse_args(argv)
+    for name, before in saved.items():
+        now = getattr(merged, name)
+        if name in FREE_ON_RESUME or now == before:
+            continue
+        option = "--" + name.replace("_", "-")
+        if name != "epochs":
+            raise ValueError(f"{option} {now} differs from the run's {before}; leave it out, or start a new run")
+        if saved["schedule"] not in ("constant", "plateau"):
+            raise ValueError(f"--epochs {now}: the run's {saved['schedule']} schedule ends after {before} epochs")
+    return merged
 
-        save_image(torch.stack([images[i] for i in worst]), path, nrow=8, normalize=True, scale_each=True)
+
+def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[tb.TensorLoader], dict[str, Any], str]:
+    """Return loaders for training, validation and test, the facts a model needs, and a notice for the user.
+
+    A loader is any iterable of batches (images (B, 1, 28, 28) float32, labels (B,) int64), such as a DataLoader.
+    """
+    train, val, test, name, notice = tb.load_splits(args.dataset, args.data_dir, val_size=5000, seed=args.seed)
+    mean, std = tb.channel_statistics(train.inputs)
+    if name == "mnist":
+        mean, std = (0.1307,), (0.3081,)  # of all 60,000 training images
+    augment = tb.RandomAffine(ROTATION, SHIFT, SCALING) if args.augment else None
+    common: dict[str, Any] = {"device": device, "mean": mean, "std": std}
+    train_loader = tb.TensorLoader(
+        train.inputs, train.targets, args.batch_size, shuffle=True, seed=args.seed, augment=augment, drop_last=True,
+        limit_batches=args.limit_batches, **common,
+    )  # fmt: skip
+    # On a CPU, larger batches would need more memory than training has taken already, and be slower for that.
+    common |= {"batch_size": 250 if device.type == "cpu" else 1000}
+    common |= {"limit_batches": args.limit_batches if args.dry_run else None}
+    val_loader = tb.TensorLoader(val.inputs, val.targets, **common)
+    test_loader = tb.TensorLoader(test.inputs, test.targets, **common)
+    facts = {"dataset": name, "classes": train.classes, "num_classes": len(train.classes), "in_channels": 1,
+             "image_size": 28, "mean": mean, "std": std}  # fmt: skip
+    return [train_loader, val_loader, test_loader], facts, notice
 
 
-def summary_writer() -> Any:
-    """TensorBoard's class of that name."""
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    options = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, fused=True, **options)
+    if args.optimizer == "rmsprop":
+        return torch.optim.RMSprop(model.parameters(), momentum=0.9, **options)
+    if args.optimizer == "adagrad":
+        return torch.optim.Adagrad(model.parameters(), **options)
+    kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
+    return kind(model.parameters(), fused=True, **options)
+
+
+def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+    """Return a schedule that Trainer steps after each optimizer step; plateau after each epoch."""
+    total, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
+    if args.schedule == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=3, threshold=0)
+    if args.schedule == "onecycle":  # one step more than will be taken: torch raises after the last
+        rise = min((warmup + 1) / (total + 1), 0.99) if warmup else 0.3
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, args.lr, total + 1, pct_start=rise, cycle_momentum=False
+        )
+    if args.schedule == "cosine":
+        return tb.warmup_cosine_scheduler(optimizer, warmup, total)
+    if args.schedule == "constant":
+        return tb.warmup_lr_scheduler(optimizer, warmup, 0.01) if warmup else None
+
+    def thirds(step: int) -> float:  # a tenth of the rate after each third
+        return min(0.01 + 0.99 * step / warmup if warmup else 1.0, 1.0) * 0.1 ** min(3 * step // total, 2)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, thirds)
+    schedule.scheduler_interval = "step"  # type: ignore[attr-defined]
+    return schedule
+
+
+def load_initial_weights(model: nn.Module, path: str) -> None:
+    """Load what fits of the weights in the checkpoint at `path`, and print what does not."""
+    weights, own = tb.load_checkpoint(path)["model_state_dict"], model.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
+    if not fitting:
+        raise ValueError(f"--init-from {path}: none of its weights fits the model")
+    model.load_state_dict(fitting, strict=False)
+    print(f"initial weights: {len(fitting)} of {len(own)} tensors from {path}")
+    for name in own.keys() - fitting.keys():
+        print(f"    not there, or of another shape: {name}")
+
+
+def tensorboard_callback(run: tb.RunDirectory, trainer: tb.Trainer, loader: Any) -> Any:
+    """Write a grid of images and the graph to TensorBoard; return a callback that writes the history."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise options.MissingExtra(
-            "--tensorboard needs another package: pip install 'torchbasics[tensorboard]'") from None
-    return SummaryWriter
-
-
-def tensorboard(run: tb.RunDirectory, trainer: tb.Trainer, data: Loaders) -> Any:
-    """Writes losses, accuracies, rate, the graph and a grid of training images; returns the call-back."""
+        raise cli.MissingExtra("--tensorboard needs a package: pip install 'torchbasics[tensorboard]'") from None
     from torchvision.utils import make_grid
 
-    writer = summary_writer()(str(run.path / "tensorboard"), purge_step=trainer.step + 1)
-    with preserved_random_state(trainer.device):  # a DataLoader draws a seed for its workers
-        inputs = to_device(next(iter(data.val))[0], trainer.device, trainer.memory_format)
-    writer.add_image("images", make_grid(inputs[:64].cpu(), normalize=True))
+    writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=trainer.step + 1)
+    images = next(iter(loader))[0]
+    writer.add_image("images", make_grid(images[:64].cpu(), normalize=True))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the graph is drawn by torch.jit.trace, which announces its own end
-        writer.add_graph(trainer.evaluated_model, inputs[:1])
+        warnings.simplefilter("ignore")  # the graph is drawn by torch.jit.trace, which is deprecated
+        writer.add_graph(trainer.evaluated_model, images[:1])
 
     def write(trainer: tb.Trainer) -> None:
         for name, values in trainer.history.items():
-            if name != "step":
+            if values[-1] is not None:
                 writer.add_scalar(name, values[-1], trainer.step)
         writer.flush()
 
     return write
 
 
-def launcher() -> str:
-    """The command that started this script, without its options."""
-    return shlex.join([python_command(), sys.argv[0] if sys.argv[0].endswith(".py") else __file__])
-
-
-def make_parser() -> options.Parser:
-    parser = options.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    options.add_data_options(parser)
-    options.add_model_options(parser)
-    options.add_optimisation_options(parser)
-    options.add_speed_options(parser)
-    options.add_stopping_options(parser)
-    add = options.add_run_options(parser, tb.__version__).add_argument
-    add("--ensemble", type=options.COUNT, default=1, metavar="N",
-        help="train N models, with seeds from --seed on, and average their probabilities (default: 1)")
-    add("--dry-run", action="store_true", help="two batches of everything, nothing kept (default: off)")
-    add("--tensorboard", action="store_true", help="write TensorBoard files too; needs that package (default: off)")
-    add("--anomaly", action="store_true", help="name the forward line of a NaN gradient; slow (default: off)")
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser()
-    args = options.check_resume(parser, options.parse_with_preset(parser, argv))
-    if args.seed + args.ensemble > 2**32:
-        parser.error(f"--seed {args.seed}: each of {args.ensemble} models takes the next one; the highest is 2**32 - 1")
-    return args
+def judge(args: argparse.Namespace, trainer: tb.Trainer, best: Path, loader: Any) -> dict[str, Any]:
+    """Look at the test set, once, with the best weights; return the figures."""
+    classes = trainer.metadata["classes"]
+    if trainer.best_epoch is None:
+        raise tb.NonFiniteLoss("no epoch had a finite validation loss; lower --lr or set --clip-norm 1")
+    model = trainer.evaluated_model
+    model.load_state_dict(tb.load_checkpoint(best)["model_state_dict"])
+    judged = tb.ShiftedViews(model) if args.tta else model
+    logits, targets = tb.predict_all(judged, loader, trainer.device, precision=trainer.precision)
+    confusion = torch.bincount(targets * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
+    confusion = confusion.view(len(classes), len(classes))  # rows: true class, columns: predicted
+    shares = (confusion.diagonal() / confusion.sum(1)).tolist()  # NaN for a class without test images
+    return {
+        "test_accuracy": float(confusion.trace() / confusion.sum()),
+        "test_loss": float(F.cross_entropy(logits.double(), targets)),
+        "test_samples": len(targets),
+        "accuracy_by_class": dict(zip(classes, shares, strict=True)),
+        "confusion": confusion.tolist(),
+        "best_val_accuracy": trainer.history["val_acc"][trainer.best_epoch],
+        "best_epoch": trainer.best_epoch + 1,
+        "epochs_run": trainer.epoch,
+        "stopped_because": trainer.early_stopping.reason if trainer.stopped else f"all {args.epochs} epochs done",
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 done, 1 failed, 2 bad input, 3 optional package missing, 128 + signal when interrupted and saved."""
-    args = parse_args(argv)
-    with options.quiet_ends(args.debug):
-        return options.guarded(lambda: open_and_train(args, argv), args.debug, "interrupted; what was saved stays",
-                               options.GO_ON)
-
-
-def open_and_train(args: argparse.Namespace, argv: list[str] | None) -> int:
-    """`train`, or `train_ensemble`; a signal is told with what continues the run."""
-    try:
-        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-            setattr(warnings, "showwarning", options.print_warning)  # noqa: B010 (mypy forbids to assign to a function)
-            args, run = open_run(args, argv, stack)
-            return (train_ensemble if args.ensemble > 1 else train)(args, run, stack)
-    except tb.Interrupted as stop:
-        folder = stop.checkpoint.parents[1 if args.ensemble == 1 else 2]
-        hint = "" if args.dry_run else f"; continue with --resume {folder}"
-        print("\n" + options.printable(f"interrupted: {stop}{hint}"), file=sys.stderr)
-        return 128 + stop.signum
-
-
-def open_run(
-    args: argparse.Namespace, argv: list[str] | None, stack: contextlib.ExitStack
-) -> tuple[argparse.Namespace, tb.RunDirectory | None]:
-    """The options, of a resumed run its own; and the run's directory, unless that is chosen or replaced later."""
-    if args.tensorboard:
-        summary_writer()  # what is missing is said before anything is replaced
-    if args.dry_run:
-        args.epochs, args.limit_batches, args.warmup_epochs = 1, 2, min(args.warmup_epochs, 1)
-        args.output = stack.enter_context(tempfile.TemporaryDirectory())
-    if not args.output or args.overwrite:
-        return args, None
-    run = stack.enter_context(tb.RunDirectory(args.output, resume=bool(args.resume)))
-    return options.recorded_options(make_parser(), argv, args, run) if args.resume else args, run
-
-
-def train(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextlib.ExitStack) -> int:
-    """The recipe."""
     began = time.monotonic()
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
     device = tb.pick_device(args.device)
     if device.type == "cpu":
-        tb.cache_cpu_memory()
+        tb.cache_cpu_memory()  # a quarter of a step on a CPU would be page faults
     tb.set_seed(args.seed, args.deterministic)
-    stack.enter_context(torch.autograd.set_detect_anomaly(args.anomaly))
-    data = load_data(args, device)
-    output = Path(args.output or unused_directory(data.facts["dataset"]))
-    trainer = build_trainer(args, data, device, output / "checkpoints")
-    if run is None:  # an earlier run is replaced only now, when the new one can start
-        run = stack.enter_context(tb.RunDirectory(output, overwrite=args.overwrite))
-    start = trainer.resume() if args.resume else None
-    report = Report(args, data, run, began)
-    if args.tensorboard:
-        trainer.on_epoch_end = (tensorboard(run, trainer, data),)
-    report.begin(trainer, start, tb.__version__)
-    try:
-        trainer.fit(data.train, data.val, args.epochs, verbose=False)
-    except tb.Interrupted:
-        report.count(trainer, trainer.batch)  # a part of an epoch is time too
-        run.write_info()
-        raise
-    result, logits, targets = judge(trainer, data, run.checkpoints / "best.pt", args.tta)
-    result |= report.summary(trainer)
-    run.write_info(result=result)
-    print_result(result, run, report.data.notice, launcher(), kept=not args.dry_run)
-    try:
-        draw_mistakes(logits, targets, data, run.path / "mistakes.png")
-    except (ImportError, OSError) as error:  # a picture must not cost a result
-        options.print_warning(f"{run.path / 'mistakes.png'} was not drawn: {error}")
+
+    loaders, facts, notice = make_loaders(args, device)
+    train_loader, val_loader, test_loader = loaders
+    facts |= {"model": args.model, "dropout": args.dropout}
+    model = tb.make_model(facts).to(device, memory_format=torch.channels_last)
+    if args.init_from:
+        load_initial_weights(model, args.init_from)
+    averages = tb.averaged_copy(model, args.ema) if args.ema else None
+    if args.compile:
+        model.compile(mode=args.compile)
+    optimizer = make_optimizer(args, model)
+    schedule = make_schedule(args, optimizer, -(-len(train_loader) // args.accumulate))
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autograd.set_detect_anomaly(args.anomaly))
+        if args.dry_run:
+            args.output = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run")
+        directory = tb.RunDirectory(args.resume or args.output, name=facts["dataset"], resume=bool(args.resume))
+        run = stack.enter_context(directory)
+        trainer = tb.Trainer(
+            model, criterion, optimizer, device, schedule, precision=args.precision, accumulate=args.accumulate,
+            clip_norm=args.clip_norm, clip_value=args.clip_value, averages=averages,
+            early_stopping=tb.EarlyStopping(args.patience) if args.patience else None,
+            checkpoint_dir=run.checkpoints, save_every=args.save_every, metadata={**facts, "options": vars(args)},
+        )  # fmt: skip
+        if args.resume:
+            trainer.resume()
+        if args.tensorboard:
+            trainer.on_epoch_end.append(tensorboard_callback(run, trainer, val_loader))
+        versions = {"torch": torch.__version__, "torchbasics": tb.__version__}
+        run.write_info(command=shlex.join(sys.argv), options=vars(args), **facts, notice=notice,
+                       device=tb.device_name(device), precision=trainer.precision, versions=versions)  # fmt: skip
+        if not args.quiet:
+            sizes = [f"{len(loader.dataset):,}" for loader in loaders]
+            print(f"{notice}\n{facts['dataset']}: {' + '.join(sizes)} images for training, validation and test; "
+                  f"{args.model}, {tb.count_parameters(model):,} parameters; "
+                  f"{tb.device_name(device)}; {trainer.precision}".strip())  # fmt: skip
+        run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
+        started = time.monotonic()
+        trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
+        seconds = time.monotonic() - started
+        result = judge(args, trainer, run.checkpoints / "best.pt", test_loader)
+        result |= {"train_seconds": seconds, "total_seconds": time.monotonic() - began}
+        run.write_info(result=result)
+        print_result(args, result, run, notice)
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------------- ensemble
-
-
-def train_ensemble(args: argparse.Namespace, run: tb.RunDirectory | None, stack: contextlib.ExitStack) -> int:
-    """Each member is a run of its own, in a folder of this one; a finished one is not trained again after a resume."""
-    data = load_data(args, tb.pick_device(args.device))
-    if data.test is data.val:
-        raise ValueError(f"{args.data_dir}: --ensemble needs a test/ folder: each model holds out other images, "
-                         "and has seen those of the others")
-    if run is None:
-        output = args.output or unused_directory(f"{data.facts['dataset']}-ensemble")
-        run = stack.enter_context(tb.RunDirectory(output, overwrite=args.overwrite))
-    args.dataset = data.facts["dataset"]
-    run.write_info(command=run.info.get("command") or shlex.join(sys.argv), notice=run.info.get("notice", data.notice),
-                   arguments={**vars(args), "output": str(run.path)})
-    members = [train_member(args, run.path / f"member-{i + 1}", args.seed + i) for i in range(args.ensemble)]
-    result = judge_ensemble(args, run, members)
-    run.write_info(result=result)
-    alone = "  ".join(f"{member['test_accuracy']:.2%}" for member in members)
-    print(f"\nensemble of {args.ensemble}: test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f}) on "
-          f"{result['dataset']}; alone {alone}")
+def print_result(args: argparse.Namespace, result: dict[str, Any], run: tb.RunDirectory, notice: str) -> None:
+    print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: "
+          f"validation {result['best_val_accuracy']:.2%}, "
+          f"test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f})")  # fmt: skip
+    print("by class: " + "  ".join(f"{name} {share:.1%}" for name, share in result["accuracy_by_class"].items()))
+    print(f"stopped because: {result['stopped_because']}; training took {result['train_seconds']:.1f} s")
     if not args.dry_run:
-        print(f"files:    {options.printable(run.path)}")
-    if run.info["notice"]:
-        print(options.printable(run.info["notice"]))
-    return 0
-
-
-def train_member(args: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
-    """Trains the member in `folder`, or what is left of its training; returns its result."""
-    described = folder / "run.json"
-    begun = bool(args.resume) and described.is_file()
-    if not (begun and "result" in json.loads(described.read_text(encoding="utf-8"))):
-        changes = {"ensemble": 1, "seed": seed, "output": str(folder), "resume": begun}
-        free = ["--data-dir", args.data_dir, *(["--quiet"] if args.quiet else [])]
-        with contextlib.ExitStack() as stack:
-            member, run = argparse.Namespace(**vars(args) | changes), None
-            if not args.dry_run:  # whose folder is chosen already
-                member, run = open_run(member, free, stack)
-                for name in options.FREE_ON_RESUME - changes.keys() & vars(args).keys():
-                    setattr(member, name, getattr(args, name))
-            train(member, run, stack)
-    return json.loads(described.read_text(encoding="utf-8"))["result"]
-
-
-def judge_ensemble(args: argparse.Namespace, run: tb.RunDirectory, members: list[dict[str, Any]]) -> dict[str, Any]:
-    """The result of the mean probability of all members' best weights on the test set.
-
-    Each member has held out other images for validation, so there is no validation accuracy of all together.
-    """
-    began, outputs = time.monotonic(), []
-    for i in range(len(members)):
-        own = argparse.Namespace(**vars(args) | {"seed": args.seed + i})  # its own split, and so its normalisation
-        device = tb.pick_device(args.device)
-        data = load_data(own, device)
-        checkpoints = run.path / f"member-{i + 1}" / "checkpoints"
-        trainer, best = build_trainer(own, data, device, checkpoints), checkpoints / "best.pt"
-        trainer.load_evaluated(tb.load_checkpoint(best)["model_state_dict"], str(best))
-        outputs.append(trainer.predict(data.test, tb.ShiftedViews if args.tta else None).log_softmax(1))
-    logits = torch.stack(outputs).logsumexp(0) - math.log(len(outputs))
-    targets = torch.cat([targets for _, targets in data.test]).cpu()
-    seconds, total = (sum(member[name] for member in members) for name in ("train_seconds", "total_seconds"))
-    images = sum(member["samples_per_second"] * member["train_seconds"] for member in members)
-    return score(logits, targets, data.facts["classes"]) | {
-        "best_val_accuracy": None, "best_epoch": None, "epochs_run": sum(member["epochs_run"] for member in members),
-        "train_seconds": seconds, "total_seconds": total + time.monotonic() - began,
-        "samples_per_second": images / seconds if seconds else 0.0,
-        "stopped_because": f"all {len(members)} members done", "dataset": data.facts["dataset"], "notice": data.notice,
-        "model": args.model, "parameters": sum(member["parameters"] for member in members), "members": members}
+        best = shlex.quote(str(run.checkpoints / "best.pt"))
+        print(f"files:    {run.path}\npredict:  python scripts/predict.py --checkpoint {best} digit.png")
+        if args.schedule in ("constant", "plateau"):
+            print(f"continue: python {sys.argv[0]} --resume {shlex.quote(str(run.path))} --epochs {2 * args.epochs}")
+    if notice:
+        print(notice)
 
 
 if __name__ == "__main__":
-    options.leave(main())
+    sys.exit(cli.run(main, debug="--debug" in sys.argv, out_of_memory=OUT_OF_MEMORY))

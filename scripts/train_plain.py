@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
             for images, labels in test_loader:
                 correct += (model(images).argmax(1).cpu() == labels).sum().item()
         mean_loss, accuracy = loss_sum / len(train_loader.dataset), correct / len(test_loader.dataset)
-        print(f"epoch {epoch}: training loss {mean_loss:.4f}, test accuracy {accuracy:.2%}, {time.time() - start:.1f} s")
+        seconds = time.time() - start
+        print(f"epoch {epoch}: training loss {mean_loss:.4f}, test accuracy {accuracy:.2%}, {seconds:.1f} s")
     return 0
 
 

@@ -81,34 +81,35 @@ class OneProcess(unittest.TestCase):
 
 
 class JoiningTheGroup(unittest.TestCase):
-    def test_a_group_of_one_under_torchrun_ends_whatever_happens_in_it(self) -> None:
-        with launched(WORLD_SIZE=1, MASTER_PORT=free_port()):
-            with self.assertRaisesRegex(KeyError, "caller's"), distributed.process_group(CPU, 5.0):
-                self.assertEqual((dist.is_initialized(), distributed.world_size()), (True, 1))
-                raise KeyError("caller's")
+    def refused(self, error: type[Exception], pattern: str, **variables: Any) -> None:
+        began = time.monotonic()
+        with launched(**variables), self.assertRaisesRegex(error, pattern), distributed.process_group(CPU, 1.0):
+            self.fail("it must not begin")
+        self.assertLess(time.monotonic() - began, 10)
         self.assertFalse(dist.is_initialized())
 
     def test_a_missing_variable_is_named(self) -> None:
         for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            with launched(**{"MASTER_PORT": 1, name: None}), self.assertRaisesRegex(ValueError, f"{name} expected"):
-                with distributed.process_group(CPU, 1.0):
-                    self.fail("it must not begin")
+            self.refused(ValueError, f"{name} expected", **{"MASTER_PORT": 1, name: None})
 
     def test_a_port_in_use_is_named(self) -> None:
         with socket.socket() as other:
             other.bind(("0.0.0.0", 0))
             other.listen()
             port = other.getsockname()[1]
-            with launched(MASTER_PORT=port), self.assertRaisesRegex(ConnectionError, f"{port}.*torchrun --standalone"):
-                with distributed.process_group(CPU, 1.0):
-                    self.fail("it must not begin")
+            self.refused(ConnectionError, f"{port}.*a free MASTER_PORT, or use torchrun --standalone", MASTER_PORT=port)
 
     def test_processes_that_do_not_come_are_waited_for_until_the_timeout(self) -> None:
-        began = time.monotonic()
-        with launched(MASTER_PORT=free_port()), self.assertRaisesRegex(ConnectionError, "did not find .* within 1 s"):
-            with distributed.process_group(CPU, 1.0):
-                self.fail("it must not begin")
-        self.assertLess(time.monotonic() - began, 10)
+        self.refused(ConnectionError, "did not find each other within 1 s .*same MASTER_ADDR", MASTER_PORT=free_port())
+
+    def test_a_group_of_one_under_torchrun_ends_whatever_happens_in_it(self) -> None:
+        with (
+            launched(WORLD_SIZE=1, MASTER_PORT=free_port()),
+            self.assertRaisesRegex(KeyError, "caller's"),
+            distributed.process_group(CPU, 5.0),
+        ):
+            self.assertEqual((dist.is_initialized(), distributed.world_size()), (True, 1))
+            raise KeyError("caller's")
         self.assertFalse(dist.is_initialized())
 
 
@@ -120,17 +121,12 @@ class OwnDevice(unittest.TestCase):
             patch.start()
             self.addCleanup(patch.stop)
 
-    def test_it_is_numbered_by_the_local_rank(self) -> None:
-        with launched(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8):
-            self.assertEqual(distributed.own_device(torch.device("cuda")), torch.device("cuda:1"))
-            self.assertEqual(distributed.own_device(CPU), CPU)
-        self.assertEqual(self.current, [torch.device("cuda:1")])
-
-    def test_one_that_is_named_is_kept(self) -> None:
-        with launched():
-            self.assertEqual(distributed.own_device(torch.device("cuda:1")), torch.device("cuda:1"))
-        for name in ("cuda", "cuda:1", "mps"):  # plain python
-            self.assertEqual(distributed.own_device(torch.device(name)), torch.device(name))
+    def test_it_is_numbered_by_the_local_rank_unless_it_is_named(self) -> None:
+        for given, expected in (("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+            with launched(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8):
+                self.assertEqual(distributed.own_device(torch.device(given)), torch.device(expected))
+            self.assertEqual(distributed.own_device(torch.device(given)), torch.device(given))  # plain python
+        self.assertEqual(self.current, [torch.device("cuda:1"), torch.device("cuda:0")])
 
     def test_more_processes_than_devices_are_refused(self) -> None:
         with launched(LOCAL_RANK=2), self.assertRaisesRegex(ValueError, "there are 2; start with --nproc-per-node=2"):
@@ -338,6 +334,117 @@ def course(rank: int, path: str | None = None) -> dict[str, Any]:
     return found
 
 
+def replicas(rank: int) -> dict[str, Any]:
+    """Each process starts with other weights and buffers, and sees other inputs."""
+    torch.manual_seed(rank)
+    linear, norm = nn.Linear(4, 3), nn.BatchNorm1d(3)
+    linear.low = nn.Linear(2, 2, dtype=torch.bfloat16)
+    linear.conv = nn.Conv2d(2, 2, 2).to(memory_format=torch.channels_last)
+    norm.running_mean.fill_(rank)
+    linear.register_buffer("empty", torch.zeros(0))
+    linear.register_buffer("expanded", torch.tensor([7.0]).expand(3))
+    linear.register_buffer("mask", torch.tensor([rank == 0]))
+    linear.register_buffer("cache", torch.full((2 + rank,), rank))  # of another shape on each rank
+    model = distributed.replicate(nn.Sequential(linear, norm), CPU)
+    start = copy.deepcopy(distributed.full_weights(model))
+    with torch.no_grad():
+        model(torch.randn(5, 4))
+    own = [buffer.clone() for buffer in model.buffers()]
+    with contextlib.suppress(KeyError), distributed.shared_buffers(model):
+        shared = norm.running_mean.clone()
+        raise KeyError
+    with distributed.gradient_sync(model, wanted=False):
+        (model(torch.ones(2, 4)).sum() * 0 + linear.weight.sum() * rank).backward()
+    return {
+        "kinds": [distributed.is_wrapped(model), distributed.is_sharded(model), distributed.is_wrapped(linear)],
+        "start": start,
+        "running means": [own[-3], shared],
+        "own again": all(torch.equal(a, b) for a, b in zip(own[:-3], model.buffers(), strict=False)),
+        "unsent gradient": linear.weight.grad[0, 0].item(),
+    }
+
+
+class Tied(nn.Module):
+    """A language model whose output layer shares its weight with the embedding, and that has a layer it never uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.hidden, self.unused = nn.Embedding(8, 6), nn.Linear(6, 6), nn.Linear(5, 5)
+        self.output = nn.Linear(6, 8, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.output(self.hidden(self.embedding(tokens)))
+
+
+def shards(rank: int) -> dict[str, Any]:
+    torch.manual_seed(rank)  # other weights on each rank
+    model = distributed.shard(nn.Sequential(nn.Linear(20, 40), nn.BatchNorm1d(40), nn.Linear(40, 3)), CPU)
+    own = sum(parameter.to_local().numel() for parameter in model.parameters())
+    start = distributed.gather_objects(whole(model[0].weight).sum().item())
+
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    half = distributed.shard(nn.Sequential(nn.Linear(4, 8), encoder, nn.LayerNorm(8), nn.Linear(8, 2)), CPU, "bf16")
+    seen: dict[str, str] = {}
+    for name in ("0", "1.norm1", "1.linear1", "2", "3"):
+        half.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.update({name: str(module.weight.dtype)})
+        )
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            half(torch.randn(3, 2, 4)).float().sum().backward()
+
+    tied = distributed.shard(Tied(), CPU)
+    optimizer = torch.optim.SGD(tied.parameters(), 0.1)
+    sent = []
+    for wanted in (False, True):
+        with distributed.gradient_sync(tied, wanted):
+            tied(torch.arange(4)).square().mean().backward()
+        sent.append(tied.hidden.weight.grad is not None)
+    optimizer.step()
+    return {
+        "own": own,
+        "all": sum(whole(parameter).numel() for parameter in model.parameters()),
+        "start": start,
+        "kinds": [distributed.is_wrapped(model), distributed.is_sharded(model)],
+        "units": [name for name, unit in distributed.shard(Net(), CPU).named_modules() if distributed.is_sharded(unit)],
+        "seen": seen,
+        "gradients": sorted({str(parameter.grad.dtype) for parameter in half.parameters()}),
+        "tied": torch.equal(whole(tied.embedding.weight), whole(tied.output.weight)),
+        "tied parameters": len(list(tied.parameters())),
+        "sent": sent,
+    }
+
+
+def odd_states(rank: int) -> dict[str, Any]:
+    """States of a sharded model before the first step, of parameters that were never used, and that do not fit."""
+    model, optimizer = prepare("fsdp")
+    distributed.full_state(model, optimizer)
+    first = train(model, optimizer, range(1))
+    unchanged = {float(entry["step"]) for entry in optimizer.state.values()}
+
+    tied, other = (distributed.shard(Tied(), CPU) for _ in range(2))
+    tied_optimizer, other_optimizer = (torch.optim.AdamW(one.parameters()) for one in (tied, other))
+    tied(torch.arange(4)).square().mean().backward()
+    tied_optimizer.step()
+    state = distributed.broadcast_object(distributed.full_state(tied, tied_optimizer))
+    distributed.load_full_state(other, other_optimizer, *state)
+    again = distributed.full_state(other, other_optimizer)
+
+    errors, good = [], Net().state_dict()
+    for bad in (
+        {name: value for name, value in good.items() if name != "head.bias"},
+        {**good, "head.bias": torch.zeros(7)},
+        {**good, "more": torch.zeros(1)},
+    ):
+        try:
+            distributed.load_weights(model, bad)
+        except RuntimeError as error:
+            errors.append(str(error))
+    return {"gradients": first, "steps": unchanged, "states": [state, again], "errors": errors}
+
+
 @needs_processes
 class Strategies(unittest.TestCase):
     def assert_close(self, actual: Any, expected: Any, message: str = "") -> None:
@@ -346,28 +453,109 @@ class Strategies(unittest.TestCase):
     def test_gradients_and_states_are_those_of_one_process_and_load_into_any_strategy(self) -> None:
         gradients, model, optimizer = plain_course(range(4))
         _, half, half_optimizer = plain_course(range(2))
-        begun = {"one": copy.deepcopy(distributed.full_state(half, half_optimizer))}
-        for count in (2, 3):
-            first, *others = in_processes(count, course)
-            begun |= {f"{name} of {count}": found["state"] for name, found in first.items()}
-            for found in (first, *others):
-                for name, one in found.items():
-                    self.assert_close(one["gradients"], gradients[:2], name)
-            self.assertEqual([found["start fsdp"]["state"] for found in others], [({}, {})] * (count - 1))
+        every = in_processes(3, course)
+        states = {"one": copy.deepcopy(distributed.full_state(half, half_optimizer))}
+        for found in every:
+            for strategy, end in found.items():
+                self.assert_close(end["gradients"], gradients[:2], strategy)
+                states.setdefault(strategy, end["state"])
+        self.assertEqual([found["start fsdp"]["state"] for found in every[1:]], [({}, {})] * 2)
         with tempfile.TemporaryDirectory() as folder:
-            torch.save(begun, f"{folder}/states.pt")
+            torch.save(states, f"{folder}/states.pt")
             ends = in_processes(2, course, f"{folder}/states.pt")[0]
-        for name, state in begun.items():
-            self.assert_close(state[0], half.state_dict(), name)
-            self.assert_close(state[1], half_optimizer.state_dict(), name)
+        for name, state in states.items():
+            self.assert_close(state, (dict(half.state_dict()), half_optimizer.state_dict()), name)
             one, one_optimizer = prepare("one", seed=2)
             distributed.load_full_state(one, one_optimizer, *state)
             train(one, one_optimizer, range(2, 4))
             ends[f"{name} one"] = {"state": distributed.full_state(one, one_optimizer)}
-        self.assertEqual(len(ends), 15)
+        self.assertEqual(len(ends), 9)
         for name, end in ends.items():
-            self.assert_close(end["state"][0], model.state_dict(), name)
-            self.assert_close(end["state"][1], optimizer.state_dict(), name)
+            self.assert_close(end["state"], (dict(model.state_dict()), optimizer.state_dict()), name)
+
+    def test_replicas_start_as_rank_0_and_keep_their_own_running_statistics(self) -> None:
+        first, second = in_processes(2, replicas)
+        caches = [found["start"].pop("0.cache").tolist() for found in (first, second)]
+        self.assertEqual(caches, [[0, 0], [1, 1, 1]])  # what has another shape is left alone
+        self.assert_close(dict(second["start"]), dict(first["start"]))
+        torch.manual_seed(0)
+        self.assert_close(second["start"]["0.weight"], nn.Linear(4, 3).weight.detach())
+        self.assert_close(second["start"]["1.running_mean"], torch.zeros(3))
+        self.assertFalse(torch.equal(first["running means"][0], second["running means"][0]))
+        for rank, found in enumerate((first, second)):
+            self.assertEqual(found["kinds"], [True, False, False])
+            self.assert_close(found["running means"][1], first["running means"][0])  # validated with rank 0's
+            self.assertTrue(found["own again"])
+            self.assertEqual(found["unsent gradient"], rank)
+
+    def test_shards_are_parts_of_rank_0s_model_in_the_dtypes_of_the_policy(self) -> None:
+        every = in_processes(2, shards)
+        self.assertEqual(sum(found["own"] for found in every), every[0]["all"])
+        for found in every:
+            self.assertLess(found["own"], 0.6 * found["all"])
+            self.assertEqual(found["start"][0], found["start"][1])
+            self.assertEqual(found["kinds"], [True, True])
+            self.assertEqual(found["units"], ["", "first", "blocks.0", "blocks.1", "head"])
+            dtypes = dict.fromkeys(("0", "1.linear1", "3"), "torch.bfloat16")
+            self.assertEqual(found["seen"], dtypes | dict.fromkeys(("1.norm1", "2"), "torch.float32"))
+            self.assertEqual(found["gradients"], ["torch.float32"])
+            self.assertEqual((found["tied"], found["tied parameters"]), (True, 5))
+            self.assertEqual(found["sent"], [False, True])
+
+    def test_a_sharded_state_is_right_in_odd_cases_too(self) -> None:
+        gradients, _, _ = plain_course(range(1))
+        every = in_processes(2, odd_states)
+        for found in every:
+            self.assert_close(found["gradients"], gradients)
+            self.assertEqual(found["steps"], {1.0})  # saving before the first step did not count as one
+            self.assertEqual(len(found["errors"]), 3)
+            for error, part in zip(found["errors"], ("Missing key", "size mismatch", "Unexpected key"), strict=True):
+                self.assertIn(part, error)
+        before, after = every[0]["states"]
+        self.assertEqual(len(before[1]["state"]), 3)  # not of the unused layer
+        self.assert_close(after, before)
+
+
+class Versioned(nn.Module):
+    """A module that loads states of its second version only, and adds a value of its own."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({prefix + "note": 7}))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if (metadata.get("version"), state.pop(prefix + "note", None)) != (2, 7):
+            raise ValueError(f"another version: {metadata}")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+class Names(unittest.TestCase):
+    """Wrappers leave no trace in a state, and a state loads into a wrapped model."""
+
+    def test_the_model_inside_all_wrappers_is_found(self) -> None:
+        model = nn.Linear(2, 2)
+        for wrapped in (model, torch.compile(nn.DataParallel(torch.compile(model)))):
+            self.assertIs(distributed.unwrap(wrapped), model)
+
+    def test_states_of_compiled_models_are_those_of_plain_ones(self) -> None:
+        plain = nn.Sequential(nn.Linear(2, 2), nn.Sequential(Versioned(), nn.BatchNorm1d(2)))
+        block = nn.Sequential(torch.compile(Versioned()), nn.BatchNorm1d(2))
+        inner = nn.Sequential(nn.Linear(2, 2), torch.compile(block))
+        for model in (plain, nn.DataParallel(plain), inner, torch.compile(inner)):
+            nn.init.normal_(plain[0].weight)
+            weights = plain.state_dict()
+            distributed.load_weights(model, weights)
+            found = distributed.full_weights(model)
+            torch.testing.assert_close(dict(found), dict(weights), rtol=0, atol=0)
+            self.assertEqual(list(found), list(weights))
+            plain.load_state_dict(found)  # needs the version, from `_metadata`
+            distributed.load_weights(plain, distributed.unwrap(model).state_dict())  # saved without our functions
+            del found["0.bias"]
+            with self.assertRaisesRegex(RuntimeError, "Missing key.*0.bias"):
+                distributed.load_weights(model, found)
 
 
 if __name__ == "__main__":

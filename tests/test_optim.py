@@ -243,6 +243,23 @@ class Averages(unittest.TestCase):
         averages.update_parameters(model)
         self.assertTrue(torch.equal(averages.module.cache, torch.full((3, 2), 4.5)))  # and averaged from then on
 
+    def test_the_first_update_copies_to_the_sign_of_zero(self) -> None:
+        model: Any = nn.Linear(1, 1)
+        nn.init.ones_(model.weight)
+        averages: Any = averaged_copy(model, 0.5)
+        nn.init.constant_(model.weight, -0.0)
+        averages.update_parameters(model)
+        self.assertEqual(math.copysign(1, averages.module.weight.item()), -1)
+
+    def test_complex_parameters_are_averaged(self) -> None:
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+        averages: Any = averaged_copy(model, 0.25)
+        for value in (1 + 1j, 3 - 1j):
+            model.weight.data.fill_(value)
+            averages.update_parameters(model)
+        self.assertEqual(averages.module.weight.tolist(), [2.5 - 0.5j] * 2)
+
     def test_a_half_precision_model_can_be_averaged_in_float32(self) -> None:
         model = nn.Linear(1, 1).bfloat16()
         averages: Any = averaged_copy(model, 0.5).float()

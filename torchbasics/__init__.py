@@ -5,14 +5,14 @@ import importlib
 
 __version__ = "0.2.0"
 _PUBLIC = {
-    "checkpoint": "CheckpointError load_checkpoint save_checkpoint",
-    "data": "CustomDataset DataError RandomAffine TensorLoader get_transforms load_images load_mnist load_splits pad_collate read_image split_dataset",
-    "device": "cache_cpu_memory check_pytorch_environment pick_device pick_precision set_seed",
+    "checkpoint": "CheckpointError load_checkpoint load_latest save_checkpoint",
+    "data": "CustomDataset DataError channel_statistics RandomAffine TensorLoader get_transforms load_images load_mnist load_splits pad_collate read_image split_dataset",
+    "device": "device_name cache_cpu_memory check_pytorch_environment pick_device pick_precision set_seed",
     "digits": "draw_digits",
     "early_stopping": "EarlyStopping",
     "evaluation": "compute_accuracy evaluate predict predict_all",
     "memory": "MemoryTracker",
-    "models": "CNN MLP CustomLoss EnsembleModel FastNet MNISTNet NeuralNetwork ShiftedViews SimpleNet SmallVGG count_parameters count_parameters_by_layer freeze init_weights make_model unfreeze",
+    "models": "CNN MLP MODELS CustomLoss EnsembleModel FastNet MNISTNet NeuralNetwork ShiftedViews SimpleNet SmallVGG count_parameters count_parameters_by_layer freeze init_weights make_model unfreeze",
     "monitors": "GradientMonitor check_nan_inf find_nonfinite",
     "optim": "averaged_copy param_groups warmup_cosine_scheduler warmup_lr_scheduler",
     "run": "RunDirectory",

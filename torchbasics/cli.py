@@ -77,7 +77,7 @@ def printable(text: object) -> str:
 
 
 def run(
-    main: Callable[[Sequence[str] | None], int | None],
+    main: Callable[..., int | None],
     argv: Sequence[str] | None = None,
     *,
     debug: bool = False,

@@ -96,9 +96,10 @@ def _choose(name: str, data_dir: str | os.PathLike, download: bool = True) -> tu
                 raise FileNotFoundError("a download is not allowed")
             mnist.download_mnist("mnist", data_dir)
     except OSError as error:  # no network, or no place for the files
+        reason = str(error).partition(";")[0]
         return "digits", (
-            f"NOTICE: no MNIST in {data_dir} ({error}). Using digits drawn by torchbasics instead: "
-            "accuracies are on drawn digits, not on MNIST."
+            f"NOTICE: no MNIST in {data_dir} ({reason}); using digits drawn by torchbasics instead. "
+            "Accuracies are on drawn digits, not on MNIST."
         )
     return "mnist", ""
 
@@ -276,7 +277,7 @@ class TensorLoader:
 
     @property
     def sharded(self) -> bool:
-        """Whether the processes of this job divide every batch among themselves."""
+        """Return whether the processes of this job divide every batch among themselves."""
         return self.world_size == distributed.world_size()
 
     def __len__(self) -> int:

@@ -102,7 +102,7 @@ def set_seed(seed: int = 42, deterministic: bool = False) -> None:
         sys.modules["numpy"].random.seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs to be deterministic
-        pass
+        torch.backends.cudnn.benchmark = False
     if deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler: a second
         torch.use_deterministic_algorithms(deterministic)
 
@@ -120,8 +120,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Restore what `random_state` returned. The state of a device of another kind is ignored."""
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
+    random.setstate(state["python"])
     torch.set_rng_state(state["torch"].cpu())
     if device.type in state:
         torch.get_device_module(device).set_rng_state(state[device.type].cpu(), *_index(device))

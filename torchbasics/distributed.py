@@ -210,11 +210,13 @@ def replicate(model: nn.Module, device: torch.device, *, sync_bn: bool = False, 
         return model
     if sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    _copy_buffers_of_main(model)
+    _start_as_main(model)
     arguments = inspect.signature(DistributedDataParallel).parameters
-    name = "broadcast_buffers" if "broadcast_buffers" in arguments else "forward_sync_buffers"  # since torch 2.15
+    name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"  # until torch 2.14
     options: dict[str, Any] = {name: False, "device_ids": None if device.type == "cpu" else [device]}
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static, **options)
+    return DistributedDataParallel(
+        model, init_sync=False, gradient_as_bucket_view=True, static_graph=static, **options
+    )
 
 
 def shard(model: nn.Module, device: torch.device, precision: str = "fp32") -> nn.Module:
@@ -230,9 +232,7 @@ def shard(model: nn.Module, device: torch.device, precision: str = "fp32") -> nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    _copy_buffers_of_main(model)
-    for parameter in model.parameters():
-        dist.broadcast(parameter.detach(), src=0)
+    _start_as_main(model)
     mesh = init_device_mesh(device.type, (world_size(),))
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
@@ -290,14 +290,18 @@ def _replica(model: nn.Module) -> DistributedDataParallel | None:
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Exchange gradients with the other processes in this `with` block only if `wanted`; forward belongs inside too."""
-    replica = _replica(model)
-    if replica is not None and not wanted:
+    replica, inner = _replica(model), unwrap(model)
+    if not wanted and replica is not None:
         with replica.no_sync():
             yield
-        return
-    if is_sharded(model):
-        unwrap(model).set_requires_gradient_sync(wanted)  # type: ignore[operator]
-    yield
+    elif not wanted and is_sharded(model):
+        inner.set_requires_gradient_sync(False)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            inner.set_requires_gradient_sync(True)  # type: ignore[operator]
+    else:
+        yield
 
 
 @contextlib.contextmanager
@@ -312,6 +316,16 @@ def shared_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer, own in replaced:
             buffer.copy_(own)
+
+
+@torch.no_grad()
+def _start_as_main(model: nn.Module) -> None:
+    """Give all processes rank 0's parameters and buffers."""
+    for parameter in model.parameters():
+        value = parameter.contiguous()
+        dist.broadcast(value, src=0)
+        parameter.copy_(value)
+    _copy_buffers_of_main(model)
 
 
 def _copy_buffers_of_main(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

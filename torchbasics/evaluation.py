@@ -27,11 +27,11 @@ def evaluate(
     *,
     precision: str = "fp32",
 ) -> tuple[float, float | None]:
-    """Return (mean loss, accuracy between 0 and 1 or None) of `model` over `loader`, whose batches are (inputs, targets).
+    """Return (mean loss, accuracy or None) of `model` over `loader`, whose batches are pairs (inputs, targets).
 
-    The accuracy is None unless `criterion` is CrossEntropyLoss or NLLLoss and the outputs are (N, C, ...) for class
-    targets (N, ...). Move the model to `device` (default: leave it where it is); change no weight, mode or random
-    state. Raise ValueError if no target counts.
+    The accuracy, between 0 and 1, is None unless `criterion` is CrossEntropyLoss or NLLLoss and the outputs are scores
+    (N, C, ...) for class targets (N, ...). Move the model to `device` (default: leave it); change no weight, mode or
+    random state. Raise ValueError if no target counts.
     """
     place = torch.device(device) if device is not None else model_device(model)
     model.to(place)
@@ -170,7 +170,7 @@ def count_targets(batch: Any, criterion: Any = None, class_weight: Tensor | None
 
 
 def count_classes(targets: Tensor, criterion: Any, class_weight: Tensor | None = None) -> Tensor:
-    """Return the denominator of CrossEntropyLoss and NLLLoss for `targets`, classes (N, ...) or probabilities (N, C, ...)."""
+    """Return the denominator of CrossEntropyLoss and NLLLoss. Targets are classes (N, ...) or shares (N, C, ...)."""
     if targets.is_floating_point():
         return torch.tensor(targets.numel() / targets.shape[1])
     kept = targets != criterion.ignore_index

@@ -192,10 +192,12 @@ def _estimator(
 
 
 def _fixed_parts(model: nn.Module, optimizer: Optimizer | None) -> dict[str, int]:
+    # `numel`, unlike `nbytes`, raises for the parameters of a lazy module that has not run yet.
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     return {
-        "parameters": sum(parameter.nbytes for parameter in model.parameters()),
+        "parameters": sum(size for size, _ in sizes),
         "buffers": sum(buffer.nbytes for buffer in model.buffers()),
-        "gradients": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
+        "gradients": sum(size for size, trained in sizes if trained),
         "optimizer": sum(_state_sizes(optimizer)),
     }
 
@@ -213,8 +215,9 @@ def _measure_forward(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtyp
     saved: list[weakref.ref[Tensor]] = []  # weak, as forward may drop again what it saved
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.append(weakref.ref(tensor))
-        return tensor
+        packed = tensor.detach()  # a saved output would otherwise hold its own graph for ever (pytorch#115255)
+        saved.append(weakref.ref(packed))
+        return packed
 
     keep_random_state = torch.random.fork_rng([])
     if device.type in ("cuda", "xpu"):

@@ -120,7 +120,7 @@ def download_mnist(name: str, data_dir: str | os.PathLike) -> None:
             try:
                 _fetch(getattr(torchvision.datasets, FOLDERS[name]), folder)
             except Exception as error:  # RuntimeError, URLError, OSError, ...
-                reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+                reason = (str(error).strip(" .\n") or type(error).__name__).splitlines()[-1]
                 raise ConnectionError(
                     f"{name} could not be downloaded: {reason}; check the network, or put its files into {raw}"
                 ) from error

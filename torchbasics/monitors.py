@@ -5,14 +5,14 @@ This file imports nothing but torch and can be copied alone.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 import math
 import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -35,18 +35,18 @@ NUMBERS = ("mean", "std", "max", "min", "norm", "weight_norm", "grad_weight_rati
 UNIT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # row i of their weights feeds output unit i
 
 
-@dataclasses.dataclass
+@dataclass
 class History:
     """What the earlier reports found for one parameter."""
 
-    norms: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=100))
-    updates: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=5))
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=100))
+    updates: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     zeros: int = 0  # reports in a row with a gradient of exactly zero
     silent: Tensor | int = 0  # (units,): reports in a row without a gradient
     began_at_zero: bool = False  # such weights may grow fast
 
 
-@dataclasses.dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class GradientMonitor:
     """Report on the gradients of `model` and the steps of its optimizer.
 
@@ -69,7 +69,7 @@ class GradientMonitor:
 
     model: nn.Module
     optimizer: Optimizer | None = None
-    _: dataclasses.KW_ONLY
+    _: KW_ONLY
     every: int = 10
     max_update_ratio: float = 0.2
     spike: float = 10.0
@@ -78,9 +78,9 @@ class GradientMonitor:
     min_norm: float = 0.0
     verbose: bool = True  # as a callback, print a line to stderr when the verdict changes
 
-    report: dict[str, dict[str, Any]] = dataclasses.field(init=False, default_factory=dict)  # the last one
-    problems: dict[str, str] = dataclasses.field(init=False, default_factory=dict)  # where each was seen first
-    step: int = dataclasses.field(init=False, default=0)
+    report: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)  # the last one
+    problems: dict[str, str] = field(init=False, default_factory=dict)  # where each was seen first
+    step: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.patience < 1:
@@ -181,13 +181,14 @@ class GradientMonitor:
         model, rows = unwrap(self.model), {}
         with_units = {id(module.weight) for module in model.modules() if isinstance(module, UNIT_LAYERS)}
         for name, parameter in model.named_parameters():
-            if parameter.grad is None or not real_values(parameter).numel():
+            weight = real_values(parameter)
+            if parameter.grad is None or not weight.numel():
                 continue
             grad, history = real_values(parameter.grad), self._history.setdefault(name, History())
             mean = grad.mean()
             std = vector_norm(grad - mean) / math.sqrt(max(grad.numel() - 1, 1))  # torch.std: 4 times as long on a CPU
             low, high = grad.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).aminmax()
-            norm, weight_norm = vector_norm(grad), vector_norm(real_values(parameter)).to(grad.dtype)
+            norm, weight_norm = vector_norm(grad), vector_norm(weight).to(grad.dtype)
             dead_share = unknown = grad.new_full((), math.nan)
             if id(parameter) in with_units:  # a unit that never fires gets no gradient: its row is zero
                 silent = grad.flatten(1).abs().amax(1) == 0  # (units,)
@@ -295,8 +296,9 @@ def find_nonfinite(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
     """
     inner = unwrap(model)
     parameters = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
-    watch = Watch(inner)
-    with unchanged(inner), torch.compiler.set_stance("force_eager"), torch.enable_grad(), watch:
+    # not compiled, since compiled modules call no hooks
+    with unchanged(inner), torch.compiler.set_stance("force_eager"), torch.enable_grad(), ExitStack() as hooks:
+        watch = Watch(inner, hooks)
         loss = run()
         if severity(loss):
             return watch.forward_culprit()
@@ -309,7 +311,7 @@ def find_nonfinite(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
         return f"the gradients of {', '.join(bad[:3])} alone are not finite" if bad else None
 
 
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class Call:
     """One call of a module."""
 
@@ -336,43 +338,34 @@ class Call:
 
 
 class Watch:
-    """Watch forward and backward of `model` through hooks, within a `with` block."""
+    """Record the calls of a model's modules and their gradients, until `hooks` is closed."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, hooks: ExitStack) -> None:
+        self.hooks = hooks
         self.open: list[Call] = []  # the calls that have not ended, outermost first
         self.ended: list[Call] = []
         self.first_bad: Call | None = None  # where the first bad gradient was seen, at an input or output
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for name, module in self.model.named_modules():
+        for name, module in model.named_modules():
             kind = type(module).__name__
             who = f"module {name!r} ({kind})" if name else f"the model itself ({kind})"
-            self.handles.append(module.register_forward_pre_hook(functools.partial(self.enter, who), with_kwargs=True))
-            self.handles.append(module.register_forward_hook(self.leave))
+            hooks.enter_context(module.register_forward_pre_hook(partial(self.enter, who), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(self.leave))
 
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def enter(self, who: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def enter(self, who: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         before = sum(call.module is module for call in self.ended)
         who += f" in call {before + 1}" if before else ""
         given = (args, kwargs)  # described now, since the module may change them in place
         call = Call(who, module, self.open[-1] if self.open else None, describe(given), severity(given))
         self.open.append(call)
-        aliases: dict[int, Tensor] = {}
 
         def own(value: Any) -> Any:
-            """Return a view of a tensor, whose gradient is this call's share of the tensor's gradient."""
-            if isinstance(value, Tensor) and value.requires_grad and value.layout == torch.strided:
-                value = aliases.setdefault(id(value), value.view_as(value))
+            """Return a view of a tensor: its gradient is this call's share of the tensor's gradient."""
+            differentiable = isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+            if differentiable and value.layout == torch.strided:
+                value = value.view_as(value)
             self.watch_gradients(value, call, output=False)
             return value
 
-        if not torch.is_grad_enabled():
-            return None
         return tuple(map(own, args)), {key: own(value) for key, value in kwargs.items()}
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -392,8 +385,8 @@ class Watch:
                 call.bad_gradient = call.bad_gradient or output
 
         for tensor in tensors(value):
-            if tensor.requires_grad and torch.is_grad_enabled():
-                self.handles.append(tensor.register_hook(look))
+            if tensor.requires_grad:
+                self.hooks.enter_context(tensor.register_hook(look))
 
     def forward_culprit(self) -> str:
         """Return who made the first NaN, and who made an infinite value before it."""
@@ -416,7 +409,7 @@ class Watch:
         return f"{call.who} made the first gradient that is not finite; in the forward pass it was given {call.inputs}"
 
 
-@contextlib.contextmanager
+@contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Put back, at the end, the attributes of all modules (buffers and modes among them) and the random states."""
     dictionaries: list[dict] = []

@@ -95,8 +95,6 @@ class RunDirectory:
 
         Call it after the trainer's state was loaded and before `fit`. With `quiet` nothing is printed.
         """
-        if not trainer.is_main:
-            return
         self.write_metrics(trainer)
         trainer.on_epoch_end.append(self.write_metrics)
         if not quiet:
@@ -111,9 +109,10 @@ class _Table:
     def __init__(self, trainer: Any, num_epochs: int, loader: Any) -> None:
         self.num_epochs = num_epochs
         self.loader = loader
-        self.num_batches = len(loader) if hasattr(type(loader), "__len__") else None
+        self.num_batches = _length(loader)
         self.live = sys.stderr is not None and sys.stderr.isatty()
         self.drawn = 0.0  # when the progress line was last drawn
+        self.shown = False
         self.columns: dict[str, tuple[int, Callable[[Any], str]]] = {  # name: width, and how a value is written
             "epoch": (5, str),
             "train_loss": (10, _figure),
@@ -166,10 +165,12 @@ class _Table:
             parts.append(f"{batches_left * seconds / (self.batch - self.first_batch):.0f} s left")
         line = "  ".join(parts)[: shutil.get_terminal_size().columns - 1]
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        self.shown = True
 
     def clear_progress(self) -> None:
-        if self.live:
+        if self.shown:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self.shown = False
 
     def count_samples(self) -> int | None:
         """Return how many samples were trained in this epoch since it began or was resumed; None if not known."""
@@ -178,9 +179,9 @@ class _Table:
             return None
         # A DataLoader's batch size is that of one process.
         size *= getattr(getattr(self.loader, "sampler", None), "num_replicas", 1)
-        dataset = getattr(self.loader, "dataset", None)
-        total = len(dataset) if hasattr(type(dataset), "__len__") else math.inf
-        return int(min(self.batch * size, total) - min(self.first_batch * size, total))
+        total = _length(getattr(self.loader, "dataset", None))
+        now, before = self.batch * size, self.first_batch * size
+        return now - before if total is None else min(now, total) - min(before, total)
 
     def on_epoch_end(self, trainer: Any) -> None:
         self.clear_progress()
@@ -195,6 +196,13 @@ class _Table:
 def print_line(text: object) -> None:
     """Print `text` as one line, with control characters escaped."""
     print(printable(text), flush=True)
+
+
+def _length(value: Any) -> int | None:
+    try:
+        return len(value)
+    except TypeError:  # as of a DataLoader over an IterableDataset
+        return None
 
 
 def _figure(value: float) -> str:
@@ -224,14 +232,15 @@ def _make_new(name: str) -> Path:
             path = first.with_name(f"{first.name}-{number}")
 
 
-_locks: weakref.WeakValueDictionary[Path, TextIO] = weakref.WeakValueDictionary()
+_locks: weakref.WeakValueDictionary[tuple[int, int], TextIO] = weakref.WeakValueDictionary()
 
 
 def _lock(folder: Path) -> TextIO:
     """Lock `folder` until the returned file is closed or this process dies. ValueError if it is locked already."""
     busy = ValueError(f"{folder}: another process is using this run; wait for it, or choose another --output")
-    name = folder.resolve()
-    if name in _locks and not _locks[name].closed:  # the lock below keeps out other processes only
+    found = folder.stat()
+    key = (found.st_dev, found.st_ino)  # the same by whatever name or link it is reached
+    if key in _locks and not _locks[key].closed:  # the lock below keeps out other processes only
         raise busy
     file = open(folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (it stays open as long as the lock is held)
     try:
@@ -241,7 +250,7 @@ def _lock(folder: Path) -> TextIO:
             file.close()
             raise busy from None
         warnings.warn(f"{folder} cannot be locked ({error.strerror}); start no second run there", stacklevel=3)
-    _locks[name] = file
+    _locks[key] = file
     return file
 
 

@@ -172,8 +172,9 @@ class Trainer:
         """
         self.check_fit(val_loader)
         self.restore_random_state(train_loader)
-        if verbose and distributed.is_main() and self.pending is None and (self.epoch >= num_epochs or self.stopped):
-            print(f"nothing to do: {self.epoch} epochs are done{', and early stopping has ended the training' * self.stopped}")
+        done = self.pending is None and (self.epoch >= num_epochs or self.stopped)
+        if done and verbose and distributed.is_main():
+            print(f"nothing to do: {self.epoch} epochs are done" + ", early stopping ended the training" * self.stopped)
         try:
             with self.noted_signals():
                 while self.pending is not None or (self.epoch < num_epochs and not self.stopped):
@@ -192,7 +193,7 @@ class Trainer:
                 if self.checkpoint_dir and not self.is_saved():
                     self.save()
         except Interrupted as stop:
-            raise Interrupted(stop.signum, self.saved_at[0] if self.is_saved() else self.save()) from None
+            raise Interrupted(stop.signum, self.save()) from None
         return self.history
 
     def train_one_epoch(self, loader: Iterable) -> tuple[float, float | None]:
@@ -249,7 +250,8 @@ class Trainer:
         Return whether it was taken: not if every target is ignored, nor if fp16 overflowed.
         """
         if not total:
-            warnings.warn(f"epoch {self.epoch + 1}, batch {self.batch + 1}: no target counts; no step taken", stacklevel=2)
+            where = f"epoch {self.epoch + 1}, batch {self.batch + 1}"
+            warnings.warn(f"no step taken, since no target counts: {where}", stacklevel=2)
             return False
         self.optimizer.zero_grad()
         for i, (batch, count) in enumerate(window, start=1):
@@ -294,11 +296,11 @@ class Trainer:
     def compute_loss(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Return (loss, outputs, targets) of one batch on the device, in training and in validation. Override me.
 
-        The loss is a mean over `count_targets(batch)` terms. Outputs and targets go to the metrics; None for no metrics.
+        The loss is a mean over `count_targets(batch)` terms. Outputs and targets go to the metrics; None for none.
         `self.model` is the model in training, the bare or averaged one in `validate`.
         """
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise ValueError(f"expected a batch (inputs, targets), got {describe(batch)}; override compute_loss for others")
+            raise ValueError(f"expected a batch (inputs, targets), got {describe(batch)}; else override compute_loss")
         inputs, targets = batch
         outputs = evaluation.in_float32(self.model(inputs))
         return self.criterion(outputs, targets), outputs, targets  # type: ignore[misc]
@@ -306,8 +308,8 @@ class Trainer:
     def count_targets(self, batch: Any) -> float | Tensor:
         """Return how many terms the loss of `batch` is a mean over. `batch` is as the loader made it.
 
-        Of a pair (inputs, targets) under CrossEntropyLoss or NLLLoss: the targets that are not ignored, times their class
-        weights. Of other batches the samples. So four unequal batches of padded text give the gradient of one of all.
+        Of a pair (inputs, targets) under CrossEntropyLoss or NLLLoss: the targets that are not ignored, times their
+        class weights. Of other batches the samples. So four unequal batches of padded text equal one batch of all.
         """
         return evaluation.count_targets(batch, self.criterion, self.class_weight)
 
@@ -391,7 +393,9 @@ class Trainer:
         self.validation_means = means
         values = means.values()
         if not math.isfinite(values["loss"]):
-            warnings.warn(f"the validation loss is {values['loss']} after epoch {self.epoch}; it is never best", stacklevel=2)
+            warnings.warn(
+                f"epoch {self.epoch}: the validation loss is {values['loss']}, which is never best", stacklevel=2
+            )
         return values["loss"], values.get("acc")
 
     def end_epoch(self, values: dict[str, float]) -> None:
@@ -402,11 +406,11 @@ class Trainer:
         score = self.score(values)
         if self.scheduler is not None and self.scheduler_interval == "epoch":
             if self.epoch == 1 and rate == 0:
-                warnings.warn("the learning rate was 0 in the whole first epoch; is scheduler_interval='step' meant?", stacklevel=2)
+                warnings.warn("the rate was 0 in the whole first epoch; use scheduler_interval='step'?", stacklevel=2)
             self.scheduler.step(*[score] if isinstance(self.scheduler, ReduceLROnPlateau) else ())
         if self.early_stopping is not None:
             self.early_stopping(score)
-        if math.isfinite(score) and (self.best_score is None or self.sign * score > self.sign * self.best_score):
+        if self.is_best(score):
             self.best_score = score
             self.best_epoch = self.epoch - 1
             if self.checkpoint_dir:
@@ -416,7 +420,7 @@ class Trainer:
         if self.checkpoint_dir and not self.save_every:
             self.save()
 
-    def record(self, values: dict[str, float | None]) -> None:
+    def record(self, values: Mapping[str, float | None]) -> None:
         """Append one entry to every list of the history, None where there is no value."""
         epochs = len(next(iter(self.history.values()), []))
         for name in dict.fromkeys(("train_loss", "train_acc", "val_loss", "val_acc", *values, *self.history)):
@@ -434,10 +438,11 @@ class Trainer:
             raise ValueError(f"monitor={self.monitor!r} has no value; there are {', '.join(sorted(values))}")
         return values[name]
 
-    @property
-    def sign(self) -> int:
-        """1 if more is better, -1 if less is."""
-        return 1 if self.mode == "max" else -1
+    def is_best(self, score: float) -> bool:
+        """Return whether `score` beats the best so far; NaN and infinity never do."""
+        if self.best_score is None or not math.isfinite(score):
+            return math.isfinite(score)
+        return score > self.best_score if self.mode == "max" else score < self.best_score
 
     @property
     def stopped(self) -> bool:
@@ -503,8 +508,8 @@ class Trainer:
         for wanted, (_, given) in zip(expected, counts, strict=True):
             if not math.isclose(wanted, given, rel_tol=1e-5):
                 raise ValueError(
-                    f"the loss of this batch is a mean over {wanted:g} targets, but count_targets(batch) returned {given:g}; "
-                    "override count_targets to return the former"
+                    f"the loss of this batch is a mean over {wanted:g} targets, but count_targets(batch) returned "
+                    f"{given:g}; override count_targets to return the former"
                 )
 
     def agree(self, count: float, batches: int, broken: bool) -> float:
@@ -532,7 +537,7 @@ class Trainer:
                 if not hasattr(self.loader, "load_state_dict"):  # such a loader would be ahead on other processes
                     return [], True
             if isinstance(error, (EOFError, ConnectionError)):
-                raise RuntimeError("a worker process of the loader has ended: killed, perhaps for want of memory") from error
+                raise RuntimeError("a worker of the loader was killed, perhaps for want of memory") from error
             raise
 
     def start_loader(self, loader: Iterable) -> Iterator:
@@ -552,8 +557,12 @@ class Trainer:
         else:  # draw the epoch's batches again, and leave out those that are done
             self.set_random_states(self.epoch_start, loader)
             batches = iter(loader)
+            if self.batch == 0:
+                return batches
             if sum(1 for _ in itertools.islice(batches, self.batch)) < self.batch:
-                raise ValueError(f"the run stopped after batch {self.batch}, but the loader has fewer; is it another data set?")
+                raise ValueError(
+                    f"the run stopped after batch {self.batch}, the loader has fewer; is it the same data set?"
+                )
         self.set_random_states(here, loader)
         return batches
 
@@ -651,7 +660,8 @@ class Trainer:
 
     def is_saved(self) -> bool:
         """Return whether the state at hand is saved already."""
-        return self.saved_at is not None and self.saved_at[1:] == (self.step, self.epoch, self.batch) and self.pending is None
+        here = (self.step, self.epoch, self.batch)
+        return self.saved_at is not None and self.saved_at[1:] == here and self.pending is None
 
     def resume(self) -> Path | None:
         """Load the newest intact checkpoint of `checkpoint_dir`; return its path, or None if there is none.
@@ -705,7 +715,8 @@ class Trainer:
         """Continue from `state` exactly, whatever draws random numbers before `fit`. Raise if it does not fit."""
         if state["kinds"] != self.kinds():
             raise ValueError(f"it was saved with {state['kinds']}, this Trainer has {self.kinds()}")
-        distributed.load_full_state(self.model, self.optimizer, state["model_state_dict"], state["optimizer_state_dict"])
+        weights, optimizer = state["model_state_dict"], state["optimizer_state_dict"]
+        distributed.load_full_state(self.model, self.optimizer, weights, optimizer)
         for name, part in self.parts().items():
             part.load_state_dict(state["parts"][name])
         if self.early_stopping is not None and state["early_stopping"] is not None:
@@ -748,16 +759,15 @@ class Trainer:
         else:
             if distributed.is_main():
                 warnings.warn(
-                    f"saved by {len(ranks)} processes, continued by {distributed.world_size()}: the batches stay the same, "
-                    "the random numbers in the model do not",
+                    f"saved by {len(ranks)} processes, continued by {distributed.world_size()}: the batches stay the "
+                    "same, the random numbers drawn by the model do not",
                     stacklevel=4,
                 )
-            self.resumed = ranks[0] | {"buffers": {}}
             self.means = Means.sum_of(part["means"] for part in ranks) if rank == 0 else Means()
-            self.resumed["means"] = self.means.sums
+            self.resumed = ranks[0] | {"buffers": {}, "means": self.means.sums}
             if rank:
                 torch.manual_seed(torch.initial_seed() + rank)
-                self.resumed["random_state"] = {**random_state(self.device), "generators": ranks[0]["random_state"]["generators"]}
+                self.resumed["random_state"] = self.resumed["random_state"] | random_state(self.device)
         self.epoch_start = self.resumed["epoch_start"]
         own = dict(distributed.unwrap(self.model).named_buffers())
         for name, buffer in self.resumed["buffers"].items():
@@ -782,8 +792,9 @@ class Trainer:
 
     def check_setup(self) -> None:
         """Raise ValueError for arguments that cannot be trained with."""
-        if self.default_loss and getattr(self.criterion, "reduction", "mean") not in ("mean", "batchmean"):
-            raise ValueError(f"the criterion must have reduction='mean', got {self.criterion.reduction!r}; or override compute_loss")  # type: ignore[union-attr]
+        reduction = getattr(self.criterion, "reduction", "mean")
+        if self.default_loss and reduction not in ("mean", "batchmean"):
+            raise ValueError(f"the criterion must have reduction='mean', got {reduction!r}; else override compute_loss")
         if self.default_loss and self.criterion is None:
             raise ValueError("criterion=None needs a subclass that overrides compute_loss")
         if "loss" in self.metrics:
@@ -805,7 +816,7 @@ class Trainer:
         for watcher in (self.early_stopping, plateau):
             mode = getattr(watcher, "mode", self.mode)
             if mode != self.mode:
-                raise ValueError(f"{type(watcher).__name__} has mode={mode!r}, but {self.monitor} needs mode={self.mode!r}")
+                raise ValueError(f"{type(watcher).__name__} has mode={mode!r}, {self.monitor} needs mode={self.mode!r}")
         if distributed.is_sharded(self.model) and (self.averages is not None or self.precision == "fp16"):
             raise ValueError("averages and fp16 do not work with a sharded model; use DDP, or leave them out")
 
@@ -814,14 +825,15 @@ class Trainer:
         own = {id(parameter) for parameter in self.model.parameters()}
         held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if not any(id(parameter) in own for parameter in held):
-            raise ValueError("the optimizer holds none of the model's parameters; make it from this model's parameters()")
+            raise ValueError("the optimizer holds none of the model's parameters; make it from model.parameters()")
         closure = inspect.signature(type(self.optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(f"{type(self.optimizer).__name__} needs a closure for each step; use another optimizer")
 
     def check_fit(self, val_loader: Iterable | None) -> None:
         """Warn if the monitored value will be one of training; refuse to mix two runs in one folder."""
-        decides = self.early_stopping is not None or self.checkpoint_dir or isinstance(self.scheduler, ReduceLROnPlateau)
+        plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+        decides = plateau or self.early_stopping is not None or self.checkpoint_dir is not None
         if val_loader is None and self.monitor.startswith("val_") and decides:
             name = self.monitor.replace("val_", "train_")
             warnings.warn(f"there is no validation loader: {name} is monitored instead of {self.monitor}", stacklevel=3)
@@ -832,7 +844,9 @@ class Trainer:
     def check_training_loader(self, loader: Any) -> None:
         """Raise ValueError for an iterator, and for what would train several processes wrongly."""
         if isinstance(loader, Iterator):
-            raise ValueError("the training loader is an iterator, which can be read only once; give a list or a DataLoader")
+            raise ValueError(
+                "the training loader is an iterator, which can be read only once; give a DataLoader or list"
+            )
         processes = distributed.world_size()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started > 1 and processes == 1:
@@ -850,32 +864,38 @@ class Trainer:
                 "DistributedSampler, or set loader.sharded = True"
             )
         size = getattr(loader, "batch_size", None)
-        dataset = getattr(loader, "dataset", None)
-        if size and hasattr(dataset, "__len__") and not getattr(loader, "drop_last", False):
+        samples = len(getattr(loader, "dataset", ()))
+        if size and not getattr(loader, "drop_last", False):
             whole = size * (processes if sampler is not None else 1)
-            if len(dataset) % whole:
-                raise ValueError(f"{len(dataset)} samples make no whole number of batches of {whole}; use drop_last=True")
+            if samples % whole:
+                raise ValueError(f"{samples} samples are no whole number of batches of {whole}; use drop_last=True")
 
     def check_validation_loader(self, loader: Any) -> None:
         """Raise ValueError for what would judge several processes wrongly."""
         if isinstance(loader, Iterator):
-            raise ValueError("the validation loader is an iterator, which can be read only once; give a list or a DataLoader")
+            raise ValueError(
+                "the validation loader is an iterator, which can be read only once; give a DataLoader or list"
+            )
         sampler = distributed_sampler(loader)
         if sampler is not None and len(loader.dataset) % sampler.num_replicas:
-            raise ValueError("the validation sampler counts some samples twice or not at all; use TensorLoader or a subset per rank")
+            raise ValueError(
+                "the validation sampler counts samples twice or not at all; use TensorLoader, or one subset each"
+            )
         if distributed.is_sharded(self.model) and (sampler is not None or getattr(loader, "world_size", 1) > 1):
-            raise ValueError("with a sharded model every process reads the whole validation set: TensorLoader(…, world_size=1)")
+            raise ValueError(
+                "with a sharded model every process reads all validation data: TensorLoader(…, world_size=1)"
+            )
 
     def check_loss(self, loss: Any, outputs: Any, targets: Any) -> None:
         """Raise ValueError if the loss cannot be trained, or if the shapes would be broadcast in silence."""
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             raise ValueError(f"compute_loss must return a loss of one number, got {describe(loss)}")
         if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ValueError("the loss does not depend on any parameter that requires a gradient; is everything frozen?")
-        elementwise = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
-        if isinstance(self.criterion, elementwise) and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
-            if outputs.shape != targets.shape:
-                raise ValueError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must have one shape")
+            raise ValueError("the loss depends on no parameter that requires a gradient; is everything frozen?")
+        elementwise = isinstance(self.criterion, (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss))
+        shapes = [tuple(part.shape) for part in (outputs, targets) if isinstance(part, Tensor)]
+        if elementwise and len(set(shapes)) == 2:
+            raise ValueError(f"outputs {shapes[0]} and targets {shapes[1]} must have the same shape")
 
     def check_weights(self) -> None:
         """Raise NonFiniteLoss if a trainable weight is NaN or infinite: such a state is never saved."""
@@ -894,7 +914,7 @@ def monitored(monitor: str | tuple[str, str]) -> tuple[str, str]:
             return monitor, "min"
         if monitor.endswith("acc"):
             return monitor, "max"
-        raise ValueError(f"monitor={monitor!r}: say whether less is better: ({monitor!r}, 'min') or ({monitor!r}, 'max')")
+        raise ValueError(f"monitor={monitor!r}: say what is better: ({monitor!r}, 'min') or ({monitor!r}, 'max')")
     name, mode = monitor
     if mode not in ("min", "max"):
         raise ValueError(f"monitor must be (name, 'min') or (name, 'max'), got {monitor!r}")
@@ -923,7 +943,8 @@ def set_epoch(loader: Any, epoch: int) -> None:
     """Tell the epoch to `loader`, its samplers and its data set, as far as they want to know it."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     samplers = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    for part in (loader, *samplers, getattr(loader, "dataset", None)):
+    parts: tuple[Any, ...] = (loader, *samplers, getattr(loader, "dataset", None))
+    for part in parts:
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
 
