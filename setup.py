@@ -1,3 +1,3 @@
 from setuptools import setup
 
-setup()  # everything is said in setup.cfg
+setup()  # the settings are in setup.cfg

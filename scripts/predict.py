@@ -1,343 +1,299 @@
-"""Names what is in image files: class, confidence and runners-up, by checkpoints of train_mnist or exported files.
+"""Name what is in image files by trained checkpoints, or judge the checkpoints on a data set's test images.
 
     python scripts/predict.py --checkpoint runs/mnist-20260102-030405/checkpoints/best.pt digit.png more/*.png
-    python scripts/predict.py --artifact exported/model.pt2 --json --top 5 photo.jpg
+    python scripts/predict.py --checkpoint a/best.pt --checkpoint b/best.pt --dataset mnist --tta
 
-A picture for an MNIST model may have any size, be dark on light or light on dark; it is cropped, scaled and centred as
-MNIST was made. A file that can run code when loaded is loaded only if `model.json` beside it lists its SHA-256. That
-proves that the two belong together, not who made them: for a stranger's folder it means nothing.
+Several checkpoints vote: their mean probability counts. For a model of digits (28×28, grey) a picture may have any
+size, be dark on light or light on dark; it is cropped, scaled and centred as MNIST was made. For other models it is
+scaled to their image size.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
 import importlib
-import io
 import json
-import logging
+import math
 import os
 import sys
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-ROOT = Path(__file__).resolve().parents[1]
-if (ROOT / "torchbasics" / "__init__.py").is_file():  # in a checkout its own package comes first, installed or not
-    sys.path.insert(0, str(ROOT))
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 import torchbasics as tb
-from torchbasics import images, options
-from torchbasics.checkpoint import fitting_weights, load_weights_file
-from torchbasics.data import NORMALISATION
-from torchbasics.mnist import CLASSES
-from torchbasics.models import MODELS
+from torchbasics import cli
 
-DIGITS = ("mnist", "digits")  # centred by mass in a box of 20 pixels; images of other data sets are only resized
-# A word in a quantised program, and the module that registers its operators: without it torch cannot load the program.
-OPERATORS = ((b"quantized_decomposed", "torch.ao.quantization.fx._decomposed"),
-             (b"quantized_decomposed", "torchao.quantization.pt2e.quantize_pt2e"))
-BATCH, MOST_SHOWN = 64, 400
-Seen = tuple[dict[str, Any], Tensor | None, Any]  # an image's row of the result, the network's input, a thumbnail
+if TYPE_CHECKING:
+    from PIL import Image
+
+# What a checkpoint's metadata must say, or else the option of that name.
+FACTS = ("model", "classes", "in_channels", "image_size", "mean", "std")
 
 
-class Facts(NamedTuple):
-    """What a model expects and means."""
-
-    dataset: str | None
-    classes: tuple[str, ...]
-    channels: int
-    size: tuple[int, int]  # height and width in pixels
-    mean: tuple[float, ...]  # of pixel values on the scale 0 to 1
-    std: tuple[float, ...]
-    batch: int | None = None  # the one batch size of a model that was exported so
-
-
-class Member(nn.Module):
-    """A model that takes pixels from 0 to 1, (B, C, H, W), and normalises them itself; returns logits (B, classes)."""
-
-    def __init__(self, run: Callable[[Tensor], Tensor], facts: Facts, device: torch.device | str = "cpu") -> None:
-        super().__init__()
-        self.run, self.facts, self.device = run, facts, torch.device(device)
-        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (facts.mean, facts.std))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        inputs, count = (pixels - self.mean) / self.std, len(pixels)
-        if self.facts.batch:  # exported for one batch size: the last batch is filled up
-            inputs = F.pad(inputs, (0, 0, 0, 0, 0, 0, 0, -count % self.facts.batch))
-        outputs = [self.run(part.to(self.device)) for part in inputs.split(self.facts.batch or count)]
-        logits = torch.cat(outputs)[:count].float().cpu()
-        if logits.shape != (count, len(self.facts.classes)) or not logits.isfinite().all():
-            raise tb.CheckpointError(f"the model's output is not {len(self.facts.classes)} finite numbers an image; "
-                                     "use another checkpoint or artifact")
-        return logits
-
-
-def check_facts(where: Path, values: dict[str, Any]) -> Facts:
-    """Facts from a file's own words, which may be anything; CheckpointError names what is wrong with them."""
-    plain: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    facts = Facts(**plain)
-
-    def numbers(values: Any, kind: Any, low: float, high: float) -> bool:
-        return isinstance(values, tuple) and all(type(x) in kind and low <= x <= high for x in values)
-
-    for name, good in {
-        "dataset": isinstance(facts.dataset, (str, type(None))),
-        "classes": isinstance(facts.classes, tuple) and facts.classes and all(type(x) is str for x in facts.classes),
-        "channels (1 or 3)": facts.channels in (1, 3),
-        "image size (1 to 4096)": numbers(facts.size, (int,), 1, 4096) and len(facts.size) == 2,
-        "mean": numbers(facts.mean, (int, float), -1e6, 1e6) and len(facts.mean) in (1, facts.channels),
-        "std": numbers(facts.std, (int, float), 1e-6, 1e6) and len(facts.std) in (1, facts.channels),
-        "batch": facts.batch is None or numbers((facts.batch,), (int,), 1, 65536),
-    }.items():
-        if not good:
-            raise tb.CheckpointError(f"{where}: its {name} cannot be right; use another file")
-    return facts
-
-
-def mnist_facts(classes: int = 10) -> Facts:
-    """For files that don't say: MNIST's."""
-    names = CLASSES["mnist"] if classes == 10 else tuple(map(str, range(classes)))
-    return Facts("mnist", names, 1, (28, 28), *NORMALISATION["mnist"])
-
-
-def load_member(path: Path, name: str | None, device: torch.device) -> Member:
-    """The model of a checkpoint, its file verified; with `name` also that of a plain state_dict without a record."""
-    checkpoint = load_weights_file(path, plain=name is not None)
-    state, metadata = checkpoint["model_state_dict"], checkpoint.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    name = name or metadata.get("model")
-    if name not in MODELS:
-        raise tb.CheckpointError(f"{path}: its metadata names no model of {', '.join(MODELS)}; give --model NAME")
-    facts = mnist_facts(len(next((tensor for tensor in reversed(state.values()) if tensor.dim() == 1), ())))
-    if "classes" in metadata:
-        known = {key: metadata.get(key) for key in ("dataset", "classes", "mean", "std")}
-        facts = check_facts(path, {**known, "channels": metadata.get("in_channels"),
-                                   "size": (metadata.get("image_size"),) * 2})
-    shape = len(facts.classes), facts.channels, facts.size[0]
-    with torch.device("meta"):  # compared before memory is taken: the sizes are the file's own words
-        fitting_weights(tb.make_model(name, *shape), state, str(path))
-    model = tb.make_model(name, *shape)
-    tb.load_weights(model, state, str(path))
-    return Member(model.to(device).eval(), facts, device)
-
-
-def load_artifact(path: Path, trust: bool) -> Member:
-    """An exported model. What is hashed is what is loaded: the file is read once."""
-    try:
-        with images.open_regular(path) as file:
-            content = file.read()
-    except OSError as error:
-        raise tb.CheckpointError(f"{path}: {error.strerror}; give a file that export.py wrote") from None
-    hashes, facts = read_manifest(path.with_name("model.json"))
-    is_onnx = path.suffix == ".onnx"  # a graph of known operators; all others can run code
-    listed = hashes.get(path.name)
-    if not trust and listed != hashlib.sha256(content).hexdigest() and (listed or not is_onnx):
-        reason = "is not the file that model.json lists" if listed else "can run code, and no model.json lists it"
-        raise tb.CheckpointError(f"{path}: {reason}; export it again, or give --trust if you know who made it")
-    logging.disable(logging.WARNING)  # of a file that it cannot read torch would show a traceback
-    try:
-        return Member(open_onnx(content) if is_onnx else open_program(content), facts)
-    except options.MissingExtra:
-        raise
-    except Exception as error:
-        loader = "onnxruntime" if is_onnx else "torch"
-        raise tb.CheckpointError(f"{path}: {loader} cannot load it ({str(error)[:200]}); export it again") from error
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def read_manifest(path: Path) -> tuple[dict[str, str], Facts]:
-    """The SHA-256 by file name, and the facts, of `model.json`; no hash, and MNIST's facts, if there is none."""
-    if not os.path.lexists(path):
-        return {}, mnist_facts()
-    try:
-        with images.open_regular(path) as file:
-            manifest = json.loads(file.read(10_000_000))
-        if manifest["schema"] != 1:
-            raise ValueError("another schema")
-        (batch, channels, *size), normalisation = manifest["input"]["shape"], manifest["normalisation"]
-        hashes = {str(entry["file"]): str(entry["sha256"]) for entry in manifest["artifacts"]}
-        facts = {"dataset": manifest["dataset"], "classes": manifest["classes"], "channels": channels, "size": size,
-                 **{key: normalisation[key] for key in ("mean", "std")}, "batch": None if batch == "batch" else batch}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise tb.CheckpointError(f"{path}: not a model.json of export.py, schema 1; export the model again") from None
-    return hashes, check_facts(path, facts)
-
-
-def open_onnx(content: bytes) -> Callable[[Tensor], Tensor]:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise options.MissingExtra("a .onnx file needs another package: pip install 'torchbasics[onnx]'") from None
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda inputs: torch.from_numpy(session.run(None, {name: inputs.numpy()})[0])
-
-
-def open_program(content: bytes) -> Callable[[Tensor], Tensor]:
-    """An exported program, an AOTInductor package or a TorchScript archive: by its content, whatever its name."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        names = archive.namelist()
-    if any("aotinductor/" in name for name in names):
-        importlib.import_module("torch._inductor.codecache")  # torch 2.10 forgets to
-        return torch._inductor.aoti_load_package(io.BytesIO(content))
-    if any(name.endswith("constants.pkl") for name in names):
-        return torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
-    if b"torchao" in content:
-        try:
-            importlib.import_module("torchao")
-        except ImportError:
-            raise options.MissingExtra(
-                "a file quantized by torchao needs that package: pip install 'torchbasics[quant]'") from None
-    for word, registers_operators in OPERATORS:
-        if word in content:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(registers_operators)
-    return torch.export.load(io.BytesIO(content)).module()
-
-
-def load_models(args: argparse.Namespace) -> tuple[nn.Module, Facts]:
-    """One model, or several as an ensemble that averages probabilities; (B, C, H, W) from 0 to 1 → log-probabilities.
-
-    All must have the same classes and input; each keeps its own normalisation.
-    """
-    device = tb.pick_device(args.device)
-    members = [load_member(Path(path), args.model, device) for path in args.checkpoint]
-    members += [load_artifact(Path(path), args.trust) for path in args.artifact]
-    first = members[0].facts
-    for path, member in zip([*args.checkpoint, *args.artifact], members, strict=True):
-        if member.facts[:4] != first[:4]:
-            raise ValueError(f"{path}: its data set, classes or input size are not those of the first model; "
-                             "an ensemble needs models for one task")
-    return tb.EnsembleModel(members), first
-
-
-def to_pixels(image: Any, facts: Facts, invert: bool | None) -> tuple[Tensor, bool | None]:
-    """What the network sees of a PIL image, (C, H, W) from 0 to 1; and whether it was taken as dark on light."""
-    if facts.dataset in DIGITS and (facts.channels, facts.size) == (1, (28, 28)):
-        pixels, dark = images.to_mnist(images.to_grey(image), invert)
-        return pixels[None], dark
-    pixels = images.resize(image, facts.size, facts.channels)
-    return 1 - pixels if invert else pixels, invert
-
-
-def look(path: str, facts: Facts, args: argparse.Namespace) -> Seen:
-    """Reads and prepares an image; of one that cannot be used the row says so under "error"."""
-    try:
-        image = images.load_image(path, args.max_pixels)
-        pixels, dark = to_pixels(image, facts, args.invert)
-        return {"file": path, "dark_on_light": dark}, pixels, images.thumbnail(image) if args.show else None
-    except images.ImageError as error:
-        text = str(error)
-    except Exception as error:  # PIL raises nearly anything on a broken file
-        text = getattr(error, "strerror", None) or f"not readable: {str(error) or type(error).__name__}"
-    return {"file": path, "error": text}, None, None
-
-
-def predict_files(model: nn.Module, facts: Facts, args: argparse.Namespace) -> Iterator[Seen]:
-    """For each image in order what `look` returns, the prediction of `model` (log-probabilities) added to its row."""
-    for start in range(0, len(args.images), BATCH):
-        seen = [look(path, facts, args) for path in args.images[start : start + BATCH]]
-        rows = [row for row, _, _ in seen if "error" not in row]
-        inputs = [pixels for _, pixels, _ in seen if pixels is not None]
-        if rows:
-            best = model(torch.stack(inputs)).exp().topk(min(args.top, len(facts.classes)))
-            for row, shares, indices in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
-                row["top"] = [{"class": facts.classes[i], "probability": share}
-                              for i, share in zip(indices, shares, strict=True)]
-                row |= {"class": row["top"][0]["class"], "confidence": row["top"][0]["probability"]}
-        yield from seen
-
-
-def print_row(row: dict[str, Any], width: int) -> None:
-    name, best = options.printable(row["file"]), options.printable(row["class"])
-    others = ", ".join(f"{options.printable(item['class'])} {item['probability']:.2%}" for item in row["top"][1:])
-    print(f"{name:<{width}}  {best:<5}  {row['confidence']:10.2%}  {others}".rstrip(), flush=True)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = options.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("images", nargs="+", metavar="IMAGE",
-        help=f"image files ({', '.join(images.FORMATS)}; no default)")
-    add = parser.add_argument_group("model (several: their probabilities are averaged)").add_argument
-    add("--checkpoint", action="append", default=[], metavar="FILE", help="a checkpoint of train_mnist (default: none)")
-    add("--artifact", action="append", default=[], metavar="FILE",
-        help="a file of export.py: .pt2, .onnx, TorchScript (default: none)")
-    add("--model", choices=MODELS, help="read a plain state_dict as this network, for 28×28 grey images normalised as "
-        "MNIST's; its content cannot be verified (default: what the checkpoint says)")
-    add("--trust", action="store_true",
-        help="load an artefact that model.json doesn't list; it can run any code (default: off)")
-    add("--device", default="auto", metavar="NAME",
-        help="of checkpoints: auto, cpu, cuda, cuda:1, mps or xpu; artefacts run on the CPU (default: auto)")
-    add = parser.add_argument_group("images").add_argument
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    positive = cli.number(int, 1)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
+    add = parser.add_argument_group("model").add_argument
+    add("--checkpoint", action="append", required=True, type=cli.path_argument, metavar="FILE",
+        help="a checkpoint; repeat the option to let several vote")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
+    add("--tta", action="store_true", help="average over nine shifted views of each image")
+    add = parser.add_argument_group("what checkpoints of your own script do not say").add_argument
+    add("--model", metavar="NAME", help=f"{', '.join(tb.MODELS)}, or module:callable, called without arguments")
+    add("--classes", type=lambda text: tuple(text.split(",")), metavar="A,B,…", help="names of the classes, in order")
+    add("--in-channels", type=int, choices=(1, 3), help="1: grey, 3: colour")
+    add("--image-size", type=positive, metavar="N", help="height and width in pixels")
+    add("--mean", type=numbers, metavar="M,…", help="subtracted from pixels between 0 and 1; one, or one per channel")
+    add("--std", type=numbers, metavar="S,…", help="what they are divided by then")
+    add = parser.add_argument_group("image files").add_argument
     add("--invert", action=argparse.BooleanOptionalAction, default=None,
-        help="take images as dark on light, or with --no-invert as light on dark (default: detected for digits, else "
-        "as they are)")
-    add("--tta", action="store_true", help="average over nine views, shifted by up to 1/28 of the size (default: off)")
-    add("--max-pixels", type=options.COUNT, default=80_000_000, metavar="N",
-        help="refuse to decode more pixels than this (default: 80000000)")
+        help="they are dark on light, or --no-invert: light on dark (default: found out for digits, else as they are)")
+    add("--top", type=positive, default=3, metavar="N", help="classes to print for each image (default: 3)")
+    add = parser.add_argument_group("judging").add_argument
+    add("--dataset", choices=("mnist", "fashion-mnist", "kmnist", "digits"), help="judge on its test images")
+    add("--data-dir", default="./data", type=cli.path_argument, metavar="DIR", help="where it is (default: ./data)")
     add = parser.add_argument_group("output").add_argument
-    add("--top", type=options.COUNT, default=3, metavar="K", help="classes to show for each image (default: 3)")
-    add("--json", action="store_true", help="print one JSON object; probabilities from 0 to 1 (default: a table)")
-    add("--show", metavar="FILE.png", help=f"write the first {MOST_SHOWN} inputs, and what the network saw of them, "
-        "side by side (default: no file)")
-    add("--debug", action="store_true", help="show tracebacks (default: off)")
-    add("--version", action="version", version=f"torchbasics {tb.__version__}")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
-    if not args.checkpoint and not args.artifact:
-        parser.error("give a model: --checkpoint FILE or --artifact FILE")
-    inputs = (*args.images, *args.checkpoint, *args.artifact)
-    if args.show and os.path.exists(args.show) and any(
-            os.path.exists(path) and os.path.samefile(path, args.show) for path in inputs):
-        parser.error(f"--show {args.show} would overwrite an input; name another file")
-    if args.show and (os.path.isdir(args.show) or not os.path.isdir(os.path.dirname(args.show) or ".")):
-        parser.error(f"--show {args.show} cannot be written: name a file in a folder that is there")
+    if bool(args.images) == bool(args.dataset):
+        parser.error("give image files, or --dataset NAME to judge on its test images")
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns 0 done, 1 an image or something else failed, 2 bad arguments or model, 3 optional package missing."""
-    args = parse_args(argv)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # PIL's and torch's on files that they can read all the same
-        return options.guarded(lambda: predict(args), args.debug)
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(cli.number(float, -1e6, 1e6)(part) for part in text.split(","))
 
 
-def predict(args: argparse.Namespace) -> int:
-    """The recipe."""
+class Normalised(nn.Module):
+    """A model of pixels from 0 to 1, (B, C, H, W), so that models with different normalisations can vote."""
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))  # (C, 1, 1), or (1, 1, 1) for all channels
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model((pixels - self.mean) / self.std)  # (B, classes)
+
+
+def load_member(path: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model in the checkpoint at `path`, for pixels from 0 to 1, and the facts in its metadata and options."""
+    checkpoint = tb.load_checkpoint(path)
+    given = {name: getattr(args, name) for name in FACTS if getattr(args, name) is not None}
+    facts = {**checkpoint.get("metadata", {}), **given}
+    missing = [name for name in FACTS if name not in facts]
+    if missing:
+        options = " ".join("--" + name.replace("_", "-") for name in missing)
+        raise ValueError(f"{path}: its metadata has no {', '.join(missing)}; "
+                         f"train with Trainer(metadata={{{missing[0]!r}: …}}), or give {options}")  # fmt: skip
+    facts["num_classes"] = len(facts["classes"])
+    model = make_model(facts, own=args.model)
     try:
-        import PIL  # noqa: F401
-    except ImportError:
-        raise options.MissingExtra("images need Pillow, a part of torchvision: pip install torchvision") from None
-    model, facts = load_models(args)
-    width = min(60, max(len(options.printable(path)) for path in args.images))
-    rows, pairs = [], list[tuple[Any, Tensor]]()
+        model.load_state_dict(checkpoint.get("model_state_dict", checkpoint))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights are not those of {facts['model']}: {error}") from error
+    model = Normalised(model, facts["mean"], facts["std"]).eval()
+    with torch.no_grad():
+        logits = model(torch.zeros(1, facts["in_channels"], facts["image_size"], facts["image_size"]))
+    if logits.shape != (1, facts["num_classes"]) or not logits.isfinite().all():
+        raise ValueError(f"{path}: the model does not give {facts['num_classes']} finite logits for an image")
+    return model, facts
+
+
+def make_model(facts: dict[str, Any], own: str | None) -> nn.Module:
+    """Return one of our models, or what the module:callable `own` returns. A file alone cannot have code imported."""
+    if own is None or ":" not in own:
+        return tb.make_model(facts)
+    module, _, name = own.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        model = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"--model {own}: {error}; expected module:callable, called without arguments") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {own}: gave a {type(model).__name__}, expected an nn.Module")
+    return model
+
+
+def to_grey(image: Image.Image, longest: int = 512) -> Tensor:
+    """Return an image in grey, float32 (H, W) from 0 to 1, reduced until no side is above `longest`.
+
+    What is transparent becomes as the rest if it is a small part, else white around a dark drawing, black around a
+    bright one.
+    """
+    import numpy as np
+
+    image = image.convert("RGBA")
+    image = image.reduce(math.ceil(max(image.size) / longest))
+    grey, alpha = (torch.from_numpy(np.array(part)) / 255 for part in (image.convert("L"), image.getchannel("A")))
+    opaque = grey[alpha > 0.5]
+    around = opaque.median() if len(opaque) > 0.8 * grey.numel() else (opaque.mean() < 0.5).float()
+    return grey * alpha + around * (1 - alpha)
+
+
+def background(grey: Tensor) -> Tensor:
+    """Return the lighting of the paper, (H, W): a quadratic surface through the 40% of pixels that are nearest to it.
+
+    Least trimmed squares by concentration steps (Rousseeuw & Van Driessen, 2006), begun at the median of the margin.
+    """
+    height, width = grey.shape
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    terms = torch.stack([torch.ones_like(x), x, y, x * y, x * x, y * y], dim=-1).double()  # (H, W, 6)
+    step = math.ceil(max(height, width) / 128)  # every pixel of a small image, enough of a large one
+    points, values = terms[::step, ::step].flatten(0, 1), grey[::step, ::step].flatten().double()
+    distance = (values - torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).median()).abs()
+    for _ in range(10):
+        near = distance <= distance.quantile(0.4) + 1e-6
+        surface = torch.linalg.lstsq(points[near], values[near, None], driver="gelsd").solution  # (6, 1)
+        distance = (values - points @ surface[:, 0]).abs()
+    return (terms @ surface[:, 0]).float()
+
+
+def find_ink(grey: Tensor, invert: bool | None) -> Tensor:
+    """Return how much ink lies on each pixel, (H, W) from 0 to 1. `invert`: it is dark on light (None: find out).
+
+    Ink is the minority that stands out on one side of the background. Raises ValueError if nothing stands out.
+    """
+    away = grey - background(grey)
+    dark = bool((away**3).sum() < 0) if invert is None else invert
+    noise = 5 * away.abs().quantile(0.4)  # about three standard deviations of what is no ink
+    ink = (-away if dark else away) - noise
+    if ink.max() < 0.05:
+        raise ValueError("nothing is drawn on it: no pixel differs from the background by 5% or more")
+    return (ink / ink.max()).clamp(0, 1)
+
+
+def crop(ink: Tensor) -> Tensor:
+    """Return the part of `ink` (H, W) that holds the drawing. Specks that fill no cell of 1/64 do not count."""
+    cell = math.ceil(max(ink.shape) / 64)
+    cells = F.avg_pool2d(ink[None], cell, ceil_mode=True, count_include_pad=False)[0] > 0.1
+    rows, columns = cells.nonzero().unbind(1)
+    if not len(rows):
+        raise ValueError("nothing is drawn on it but specks")
+    # one cell more on each side, then as tight as the pixels allow
+    part = ink[max(int(rows.min()) - 1, 0) * cell : (int(rows.max()) + 2) * cell,
+               max(int(columns.min()) - 1, 0) * cell : (int(columns.max()) + 2) * cell]  # fmt: skip
+    rows, columns = (part > 0.1).nonzero().unbind(1)
+    return part[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+
+
+def to_mnist(grey: Tensor, invert: bool | None = None) -> Tensor:
+    """Return a grey image (H, W) as one of MNIST, (28, 28) from 0 to 1.
+
+    As LeCun et al. (1998) made MNIST: the digit fits a box of 20×20 pixels, its centre of mass lies in the middle of
+    28×28. Raises ValueError if nothing is drawn.
+    """
+    ink = crop(find_ink(grey, invert))
+    height, width = (max(1, round(side * 20 / max(ink.shape))) for side in ink.shape)
+    ink = F.interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
+    ink = ink / ink.max()  # thin strokes grow pale when scaled down
+    centre_y = float(ink.sum(1) @ torch.arange(height).float() / ink.sum())
+    centre_x = float(ink.sum(0) @ torch.arange(width).float() / ink.sum())
+    top, left = min(max(round(14 - centre_y), 0), 28 - height), min(max(round(14 - centre_x), 0), 28 - width)
+    return F.pad(ink, (left, 28 - width - left, top, 28 - height - top))
+
+
+def look(path: str, facts: dict[str, Any], invert: bool | None) -> Tensor:
+    """Return what the model sees of the image in a file, float32 (C, H, W) from 0 to 1. Raises DataError."""
+    import numpy as np
+
+    channels, size = facts["in_channels"], facts["image_size"]
+    if (channels, size, facts["classes"]) == (1, 28, tuple("0123456789")):
+        image = tb.read_image(path)
+        try:
+            return to_mnist(to_grey(image), invert)[None]
+        except ValueError as error:
+            raise tb.DataError(f"{path}: {error}") from error
+    image = tb.read_image(path, "L" if channels == 1 else "RGB").resize((size, size), resample=2)  # bilinear
+    pixels = torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1) / 255
+    return 1 - pixels if invert else pixels
+
+
+def predict_files(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace, device: torch.device) -> int:
+    """Print class, confidence and runners-up of each image file; return 1 if one of them cannot be used, else 0."""
+    width = min(60, max(len(cli.printable(path)) for path in args.images))
+    rows: list[dict[str, Any]] = []
     if not args.json:
         print(f"{'image':<{width}}  class  confidence  runners-up")
-    for row, pixels, small in predict_files(tb.ShiftedViews(model) if args.tta else model, facts, args):
-        rows.append(row)
-        if "error" in row:
-            print(f"error: {options.printable(row['file'])}: {options.printable(row['error'])}", file=sys.stderr)
-        elif not args.json:
-            print_row(row, width)
-        if pixels is not None and args.show and len(pairs) < MOST_SHOWN:
-            pairs.append((small, pixels))
+    for path in args.images:
+        try:
+            pixels = look(path, facts, args.invert)  # (C, H, W)
+        except tb.DataError as error:
+            print(f"error: {cli.printable(error)}", file=sys.stderr)
+            rows.append({"file": path, "error": str(error)})
+            continue
+        with torch.no_grad():
+            shares, indices = model(pixels[None].to(device)).softmax(1)[0].topk(min(args.top, len(facts["classes"])))
+        classes = [facts["classes"][index] for index in indices.tolist()]
+        top = dict(zip(classes, shares.tolist(), strict=True))
+        rows.append({"file": path, "class": classes[0], "confidence": top[classes[0]], "top": top})
+        if not args.json:
+            best, *runners = (f"{cli.printable(name):<5}  {share:10.2%}" for name, share in top.items())
+            print(f"{cli.printable(path):<{width}}  {best}  {', '.join(' '.join(text.split()) for text in runners)}".rstrip())
     if args.json:
-        print(json.dumps({"dataset": facts.dataset, "classes": facts.classes, "models": args.checkpoint + args.artifact,
-                          "tta": args.tta, "images": rows}, indent=2, allow_nan=False))
-    if pairs:
-        images.draw_sheet(pairs, args.show)
+        print(json.dumps({"classes": facts["classes"], "images": rows}, indent=2))
     return 1 if any("error" in row for row in rows) else 0
 
 
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Return the 95% interval of a share, from 0 to 1, that was `correct` of `count` (Wilson, 1927)."""
+    z, share = 1.959964, correct / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return middle - half, middle + half
+
+
+def judge(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
+    """Print the accuracy on the test images of a data set, its interval, and the worst confusions."""
+    test = tb.load_images(args.dataset, args.data_dir, train=False)
+    shape, classes = (facts["in_channels"], facts["image_size"], facts["image_size"]), tuple(facts["classes"])
+    if (test.inputs.shape[1:], test.classes) != (shape, classes):
+        raise ValueError(f"--dataset {args.dataset}: its classes or image size are not those of the model")
+    loader = tb.TensorLoader(test.inputs, test.targets, 250, device=device)  # from 0 to 1: members normalise
+    outputs, targets = tb.predict_all(model, loader, device)  # (N, classes), (N,)
+    predicted, count = outputs.argmax(1), len(targets)
+    correct = int((predicted == targets).sum())
+    low, high = wilson_interval(correct, count)
+    confusion = torch.bincount(targets * len(classes) + predicted, minlength=len(classes) ** 2)
+    confusion = confusion.view(len(classes), len(classes)).fill_diagonal_(0)  # rows: true class, columns: predicted
+    worst = confusion.flatten().topk(3)
+    confused = [(classes[index // len(classes)], classes[index % len(classes)], times)
+                for times, index in zip(worst.values.tolist(), worst.indices.tolist(), strict=True) if times]  # fmt: skip
+    if args.json:
+        print(json.dumps({"dataset": args.dataset, "images": count, "correct": correct, "accuracy": correct / count,
+                          "interval": (low, high), "confusions": confused}, indent=2))  # fmt: skip
+        return
+    views = ", nine views of each image" if args.tta else ""
+    print(f"{args.dataset}: {count:,} test images, {len(args.checkpoint)} checkpoint(s){views}")
+    print(f"accuracy {correct / count:.2%} (95% interval {low:.2%} to {high:.2%}), {count - correct:,} mistakes")
+    if confused:
+        print("worst: " + ", ".join(f"{true} taken for {taken} {times:,} times" for true, taken, times in confused))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    device = tb.pick_device(args.device)
+    members, facts = zip(*[load_member(path, args) for path in args.checkpoint], strict=True)
+    for path, other in zip(args.checkpoint, facts, strict=True):
+        if any(other[name] != facts[0][name] for name in ("classes", "in_channels", "image_size")):
+            raise ValueError(f"{path}: its classes or image size are not those of {args.checkpoint[0]}; they cannot vote")
+    model: nn.Module = tb.EnsembleModel(members)  # log of the mean probability
+    if args.tta:
+        model = tb.ShiftedViews(model)
+    model.to(device).eval()
+    if args.dataset:
+        judge(model, facts[0], args, device)
+        return 0
+    return predict_files(model, facts[0], args, device)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main, debug="--debug" in sys.argv, out_of_memory="use --device cpu"))

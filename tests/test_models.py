@@ -316,6 +316,7 @@ class InitWeights(unittest.TestCase):
             warnings.simplefilter("error")
             for name in models.MODELS:
                 make_model({"model": name}).apply(init_weights)
+            nn.BatchNorm1d(4, affine=False).apply(init_weights)
 
 
 class FreezeAndCount(unittest.TestCase):

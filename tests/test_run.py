@@ -82,9 +82,9 @@ class Directory(RunCase):
 
     def test_a_run_that_comes_and_goes_between_the_check_and_the_lock_is_not_overwritten(self) -> None:
         other = self.path / "run.json"
-        with mock.patch.object(run_module, "make_folder", lambda path: path.mkdir() or other.write_text("kept")):
-            with self.assertRaisesRegex(ValueError, "a exists"):
-                RunDirectory(self.path)
+        make = mock.patch.object(run_module, "make_folder", lambda path: path.mkdir() or other.write_text("kept"))
+        with make, self.assertRaisesRegex(ValueError, "a exists"):
+            RunDirectory(self.path)
         self.assertEqual(other.read_text(), "kept")
 
     def test_a_resume_needs_checkpoints_and_a_restart_does_not(self) -> None:

@@ -198,8 +198,6 @@ def _run_one(section: Section, device: torch.device, seed: int, debug: bool) -> 
     except SkipTest as reason:
         skipped = str(reason)
         print(f"    skipped: {skipped}")
-    except BrokenPipeError:  # of our own output
-        raise
     except Exception as error:
         if debug:
             traceback.print_exc()
