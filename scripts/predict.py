@@ -74,10 +74,13 @@ def numbers(text: str) -> tuple[float, ...]:
 class Normalised(nn.Module):
     """A model of pixels from 0 to 1, (B, C, H, W), so that models with different normalisations can vote."""
 
+    mean: Tensor  # (C, 1, 1), or (1, 1, 1) for all channels
+    std: Tensor
+
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))  # (C, 1, 1), or (1, 1, 1) for all channels
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ class Normalised(nn.Module):
 
 
 def load_member(path: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model in the checkpoint at `path`, for pixels from 0 to 1, and the facts in its metadata and options."""
+    """Return the model in the checkpoint at `path`, for pixels from 0 to 1, and what metadata and options say of it."""
     checkpoint = tb.load_checkpoint(path)
     given = {name: getattr(args, name) for name in FACTS if getattr(args, name) is not None}
     facts = {**checkpoint.get("metadata", {}), **given}
@@ -219,7 +222,7 @@ def look(path: str, facts: dict[str, Any], invert: bool | None) -> Tensor:
 
 def predict_files(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace, device: torch.device) -> int:
     """Print class, confidence and runners-up of each image file; return 1 if one of them cannot be used, else 0."""
-    width = min(60, max(len(cli.printable(path)) for path in args.images))
+    width = min(60, max(len(path) for path in args.images))
     rows: list[dict[str, Any]] = []
     if not args.json:
         print(f"{'image':<{width}}  class  confidence  runners-up")
@@ -236,8 +239,8 @@ def predict_files(model: nn.Module, facts: dict[str, Any], args: argparse.Namesp
         top = dict(zip(classes, shares.tolist(), strict=True))
         rows.append({"file": path, "class": classes[0], "confidence": top[classes[0]], "top": top})
         if not args.json:
-            best, *runners = (f"{cli.printable(name):<5}  {share:10.2%}" for name, share in top.items())
-            print(f"{cli.printable(path):<{width}}  {best}  {', '.join(' '.join(text.split()) for text in runners)}".rstrip())
+            runners = ", ".join(f"{name} {share:.2%}" for name, share in list(top.items())[1:])
+            print(cli.printable(f"{path:<{width}}  {classes[0]:<5}  {top[classes[0]]:10.2%}  {runners}"))
     if args.json:
         print(json.dumps({"classes": facts["classes"], "images": rows}, indent=2))
     return 1 if any("error" in row for row in rows) else 0
@@ -264,9 +267,10 @@ def judge(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace, dev
     low, high = wilson_interval(correct, count)
     confusion = torch.bincount(targets * len(classes) + predicted, minlength=len(classes) ** 2)
     confusion = confusion.view(len(classes), len(classes)).fill_diagonal_(0)  # rows: true class, columns: predicted
-    worst = confusion.flatten().topk(3)
-    confused = [(classes[index // len(classes)], classes[index % len(classes)], times)
-                for times, index in zip(worst.values.tolist(), worst.indices.tolist(), strict=True) if times]  # fmt: skip
+    confused = []  # (true class, predicted class, times), the three worst
+    for times, index in zip(*(part.tolist() for part in confusion.flatten().topk(3)), strict=True):
+        if times:
+            confused.append((classes[index // len(classes)], classes[index % len(classes)], times))
     if args.json:
         print(json.dumps({"dataset": args.dataset, "images": count, "correct": correct, "accuracy": correct / count,
                           "interval": (low, high), "confusions": confused}, indent=2))  # fmt: skip
@@ -284,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     members, facts = zip(*[load_member(path, args) for path in args.checkpoint], strict=True)
     for path, other in zip(args.checkpoint, facts, strict=True):
         if any(other[name] != facts[0][name] for name in ("classes", "in_channels", "image_size")):
-            raise ValueError(f"{path}: its classes or image size are not those of {args.checkpoint[0]}; they cannot vote")
+            raise ValueError(f"{path}: cannot vote: its classes or image size are not those of {args.checkpoint[0]}")
     model: nn.Module = tb.EnsembleModel(members)  # log of the mean probability
     if args.tta:
         model = tb.ShiftedViews(model)

@@ -68,7 +68,6 @@ class Show(unittest.TestCase):
             (torch.tensor(math.nan), 0),
             ((2, 3), (3, 2)),
             (torch.tensor(0), None),
-            (True, False),
         ):
             with self.subTest(value=value), contextlib.redirect_stdout(io.StringIO()) as out:
                 with self.assertRaisesRegex(Mismatch, "label: expected .* got "):
@@ -92,8 +91,7 @@ class Run(unittest.TestCase):
         self.assertIn("ZeroDivisionError: by zero", out)
         self.assertNotIn("never reached", out)
         self.assertRegex(out, r"3 / 2 +tensor\(1\.5000\)")
-        self.assertIn("2 of 4 sections passed", out)
-        self.assertIn("failed: add.wrong, divide.zero", out)
+        self.assertRegex(out, r"2 of 4 sections passed.*\nfailed: add.wrong, divide.zero")
 
     def test_sections_can_be_chosen(self) -> None:
         code, out, _ = run_main(lessons().run, "--device", "cpu", "--section", "divide.right", "--section", "add.right")
@@ -148,7 +146,7 @@ class Run(unittest.TestCase):
         self.assertTrue(torch.equal(before[0], torch.get_rng_state()))
         self.assertEqual((random.getstate(), torch.is_grad_enabled()), (before[1], True))
         run_main(section.run, "--seed", "6", "--device", "cpu")
-        self.assertNotEqual(draws[0], draws[2])
+        self.assertTrue(draws[0][0] != draws[2][0] and draws[0][1] != draws[2][1])
 
     def test_ctrl_c_is_quiet_with_exit_code_130(self) -> None:
         section = Sections()
@@ -158,12 +156,14 @@ class Run(unittest.TestCase):
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no full disk here")
     def test_an_output_that_takes_nothing_ends_the_run_in_one_line_at_most(self) -> None:
+        section = Sections()
+        section("print.much")(lambda: print("x" * 100_000) or show("1", 1, 1))
         reader, writer = os.pipe()
         os.close(reader)  # as `| head` does
         for target, expected, said in ((writer, 141, ""), ("/dev/full", 1, "error: standard output: No space left")):
             err = io.StringIO()
             with open(target, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                self.assertEqual(lessons().run(["--section", "add.right"]), expected)
+                self.assertEqual(section.run([]), expected)
             self.assertEqual(err.getvalue()[: len(said) or None], said)
 
 

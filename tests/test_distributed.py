@@ -327,7 +327,7 @@ def replicas(rank: int) -> dict[str, Any]:
         means.append(norm.running_mean.clone())
         raise KeyError
     means.append(norm.running_mean.clone())
-    with distributed.gradient_sync(model, wanted=False):
+    with distributed.gradient_sync(torch.compile(model), wanted=False):
         (model(torch.ones(2, 4)).sum() * 0 + linear.weight.sum() * rank).backward()
     kinds = [distributed.is_wrapped(model), distributed.is_sharded(model), distributed.is_wrapped(linear)]
     return {"start": start, "means": means, "kinds": kinds, "unsent gradient": linear.weight.grad[0, 0].item()}

@@ -187,7 +187,7 @@ class Watch(RunCase):
 
     def trainer(self, **more: Any) -> Any:
         names = ("train_loss", "train_acc", "val_loss", "val_acc", "lr")
-        standard: dict[str, Any] = {"epoch": 0, "batch": 0, "best_epoch": None, "last_loss": None, "is_main": True}
+        standard: dict[str, Any] = {"epoch": 0, "batch": 0, "best_epoch": None, "last_loss": None}
         lists: dict[str, Any] = {name: [] for name in ("epoch_records", "on_step_end", "on_epoch_end")}
         history: dict[str, Any] = {name: [] for name in names}
         return SimpleNamespace(**{"history": history, "metrics": {}} | standard | lists | more)
@@ -288,12 +288,6 @@ class Watch(RunCase):
         content = (self.path / "metrics.jsonl").read_text()
         self.assertEqual([json.loads(line) for line in content.splitlines()], rows)
         self.assertEqual(out.getvalue(), "")  # quiet
-
-    def test_only_the_main_process_writes_and_speaks(self) -> None:
-        out = io.StringIO()
-        trainer = self.watched(self.trainer(is_main=False), loader_of(10), out=out, err=Terminal())
-        self.assertEqual((trainer.on_step_end, trainer.on_epoch_end, out.getvalue()), ([], [], ""))
-        self.assertFalse((self.path / "metrics.jsonl").exists())
 
     def test_a_printed_line_cannot_speak_to_the_terminal(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -41,7 +41,7 @@ def draw_digits(count: int, seed: int = 0, *, labels: Tensor | None = None) -> t
         images, uint8 (count, 1, 28, 28), white ink (255) on black (0), and labels, int64 (count,), both on the CPU.
 
     Raises:
-        ValueError: for a count below 1, a seed that is no integer, or labels of another type, shape or range.
+        ValueError: for a count below 1, a seed that is not an integer, or labels of another type, shape or range.
 
     >>> images, labels = draw_digits(20, seed=1)
     >>> images.shape, images.dtype, labels.bincount().tolist()
@@ -193,8 +193,9 @@ class _Skeletons(NamedTuple):
 
 @cache
 def _skeletons() -> _Skeletons:
+    """Return SKELETONS as tensors, padded with zeros."""
     families = [(digit, share, shapes) for digit, group in SKELETONS.items() for share, shapes in group]
-    count, most_shapes, most_points = len(families), 6, 14  # of SKELETONS below
+    count, most_shapes, most_points = len(families), 6, 14  # large enough for all of SKELETONS
     share = torch.zeros(10, count, dtype=torch.float32)
     members = torch.tensor([len(shapes) for _, _, shapes in families])
     shapes = torch.zeros(count, most_shapes, most_points, 2, dtype=torch.float32)

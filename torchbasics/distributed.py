@@ -272,36 +272,29 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    """Return whether `model` exchanges its gradients with the other processes: it came from `replicate` or `shard`."""
-    return is_sharded(model) or _replica(model) is not None
+    """Return whether `model` exchanges its gradients with other processes: it came from `replicate` or `shard`."""
+    return hasattr(model, "no_sync") or is_sharded(model)  # of DistributedDataParallel, also if that is compiled
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether `model` came from `shard`."""
-    return hasattr(unwrap(model), "set_requires_gradient_sync")  # FSDPModule; importing that class takes a second
-
-
-def _replica(model: nn.Module) -> DistributedDataParallel | None:
-    while hasattr(model, "_orig_mod"):
-        model = model._orig_mod  # type: ignore[assignment]
-    return model if isinstance(model, DistributedDataParallel) else None
+    return hasattr(model, "set_requires_gradient_sync")  # of FSDPModule, a class that takes a second to import
 
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Exchange gradients with the other processes in this `with` block only if `wanted`; forward belongs inside too."""
-    replica, inner = _replica(model), unwrap(model)
-    if not wanted and replica is not None:
-        with replica.no_sync():
-            yield
-    elif not wanted and is_sharded(model):
-        inner.set_requires_gradient_sync(False)  # type: ignore[operator]
+    if wanted or not is_wrapped(model):
+        yield
+    elif is_sharded(model):
+        model.set_requires_gradient_sync(False)  # type: ignore[operator]
         try:
             yield
         finally:
-            inner.set_requires_gradient_sync(True)  # type: ignore[operator]
+            model.set_requires_gradient_sync(True)  # type: ignore[operator]
     else:
-        yield
+        with model.no_sync():  # type: ignore[operator]
+            yield
 
 
 @contextlib.contextmanager
@@ -318,13 +311,10 @@ def shared_buffers(model: nn.Module) -> Iterator[None]:
             buffer.copy_(own)
 
 
-@torch.no_grad()
 def _start_as_main(model: nn.Module) -> None:
     """Give all processes rank 0's parameters and buffers."""
     for parameter in model.parameters():
-        value = parameter.contiguous()
-        dist.broadcast(value, src=0)
-        parameter.copy_(value)
+        dist.broadcast(parameter.detach(), src=0)
     _copy_buffers_of_main(model)
 
 

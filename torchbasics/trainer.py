@@ -316,20 +316,16 @@ class Trainer:
     @torch.no_grad()
     def metric_figures(self, outputs: Any, targets: Any) -> list[Figure]:
         """Return the figures of `metrics`, which are weighted by targets, never by class weights."""
-        classes = evaluation.is_classification(self.criterion) and not targets.is_floating_point()
-        ignored = targets == self.criterion.ignore_index if classes else None  # type: ignore[union-attr]
+        counted = torch.ones(len(evaluation.first_tensor(targets)), dtype=torch.bool, device=self.device)
+        if evaluation.is_classification(self.criterion) and isinstance(targets, Tensor):
+            counted = targets != self.criterion.ignore_index  # type: ignore[union-attr]
         figures: list[Figure] = []
         for name, metric in self.metrics.items():
-            values = torch.as_tensor(metric(outputs, targets)).float()
-            if values.dim():
-                counted = ~values.isnan()
-                if ignored is not None and values.shape == ignored.shape:
-                    counted &= ~ignored
-                figures.append((name, torch.where(counted, values, 0.0).sum(dtype=torch.float32), 1.0, counted.sum()))
-            else:
-                count = float(len(evaluation.first_tensor(targets)) if ignored is None else (~ignored).sum())
-                weight = torch.where(values.isnan(), 0.0, count)
-                figures.append((name, values.nan_to_num(0.0), count, weight))
+            values = torch.as_tensor(metric(outputs, targets), device=self.device).float()
+            # One value per target, or their mean, which then stands for each of them. NaN does not count.
+            kept = counted if values.dim() == 0 or values.shape == counted.shape else True
+            weights = (~values.isnan() & kept).float()
+            figures.append((name, (values.nan_to_num() * weights).sum(), 1.0, weights.sum()))
         return figures
 
     def update(self) -> bool:
@@ -600,7 +596,6 @@ class Trainer:
                 # The signal may have ended the loader's workers too; torch's handler would raise amid a step.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-        self.signum = self.agreed_signum = 0
         before = {}
         if self.checkpoint_dir and threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -611,6 +606,7 @@ class Trainer:
         try:
             yield
         finally:
+            self.signum = self.agreed_signum = 0
             for number, handler in before.items():
                 signal.signal(number, handler)
 
