@@ -271,7 +271,7 @@ def load_data(model: nn.Module, metadata: dict[str, Any], args: argparse.Namespa
     if shape is None and not {"in_channels", "image_size"} <= metadata.keys():
         raise ValueError("the checkpoint does not say what the inputs are; give --input-shape, such as 3,224,224")
     shape = shape or (metadata["in_channels"], metadata["image_size"], metadata["image_size"])
-    if name in tb.mnist.FOLDERS and args.data_dir:
+    if name in ("mnist", "fashion-mnist", "kmnist") and args.data_dir:
         test = tb.load_images(name, args.data_dir, train=False, download=False)
         train = tb.load_images(name, args.data_dir, train=True, download=False)
         inputs, targets, calibration, kind = test.inputs, test.targets, train.inputs[:CALIBRATION], f"{name} test images"

@@ -200,13 +200,14 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, st
 
 def load_initial_weights(model: nn.Module, path: str) -> None:
     """Load what fits of the weights in the checkpoint at `path`, and print what does not."""
-    weights, own = tb.load_checkpoint(path)["model_state_dict"], model.state_dict()
+    loaded, own = tb.load_checkpoint(path), model.state_dict()
+    weights = loaded.get("model_state_dict", loaded)  # or a bare state dict
     fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
     if not fitting:
         raise ValueError(f"--init-from {path}: none of its weights fits the model")
     model.load_state_dict(fitting, strict=False)
     print(f"initial weights: {len(fitting)} of {len(own)} tensors from {path}")
-    for name in own.keys() - fitting.keys():
+    for name in [name for name in own if name not in fitting]:
         print(f"    not there, or of another shape: {name}")
 
 
@@ -272,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     train_loader, val_loader, test_loader = loaders
     facts |= {"model": args.model, "dropout": args.dropout}
     model = tb.make_model(facts).to(device, memory_format=torch.channels_last)
-    if args.init_from:
+    if args.init_from and not args.resume:
         load_initial_weights(model, args.init_from)
     averages = tb.averaged_copy(model, args.ema) if args.ema else None
     if args.compile:

@@ -98,6 +98,7 @@ class Damage(TempCase):
         for file, content, words in (
             (self.IMAGES, images_file(12)[:-1], "its header does not fit its size of 9,423 bytes"),
             (self.IMAGES, images_file(12)[:-784], "header"),
+            (self.IMAGES, images_file(12) + b"\0", "header"),
             (self.IMAGES, images_file(12)[:15], "header"),
             (self.IMAGES, b"", "header"),
             (self.IMAGES, labels_file(12 * 784 + 8), "header"),  # of the right size
