@@ -98,6 +98,7 @@ class JoiningTheGroup(unittest.TestCase):
             distributed.process_group(CPU, 5.0),
         ):
             self.assertEqual((dist.is_initialized(), distributed.world_size()), (True, 1))
+            self.assertTrue(distributed.is_wrapped(torch.compile(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)))))
             raise KeyError("caller's")
         self.assertFalse(dist.is_initialized())
 
@@ -160,6 +161,8 @@ class Interrupted(Exception):
 def leaving(rank: int, how: str, mark: str) -> bool:
     """Rank 1 ends half a second after rank 0; return whether it had ended when this process left the group."""
     errors = {"success": [], "interrupted": [Interrupted], "error": [KeyError]}[how]
+    with distributed.process_group(CPU, 20.0):  # an earlier one
+        distributed.barrier()
     with contextlib.suppress(Interrupted, KeyError), distributed.process_group(CPU, 20.0):
         distributed.barrier()
         if rank == 1:
@@ -327,7 +330,7 @@ def replicas(rank: int) -> dict[str, Any]:
         means.append(norm.running_mean.clone())
         raise KeyError
     means.append(norm.running_mean.clone())
-    with distributed.gradient_sync(torch.compile(model), wanted=False):
+    with distributed.gradient_sync(model, wanted=False):
         (model(torch.ones(2, 4)).sum() * 0 + linear.weight.sum() * rank).backward()
     kinds = [distributed.is_wrapped(model), distributed.is_sharded(model), distributed.is_wrapped(linear)]
     return {"start": start, "means": means, "kinds": kinds, "unsent gradient": linear.weight.grad[0, 0].item()}

@@ -101,7 +101,7 @@ class ScriptCase(unittest.TestCase):
         self.assertEqual((one / "metrics.jsonl").read_text(), (other / "metrics.jsonl").read_text())
         best = [tb.load_checkpoint(run / "checkpoints" / "best.pt")["model_state_dict"] for run in (one, other)]
         self.assertEqual(weights_hash(best[0]), weights_hash(best[1]))
-        results = [json.loads((run / "run.json").read_text())["result"] for run in (one, other)]
+        results = [result_of(run) for run in (one, other)]
         self.assertEqual(*[{k: v for k, v in result.items() if not k.endswith("seconds")} for result in results])
 
 
@@ -118,6 +118,10 @@ def watched(callback: Any) -> Any:
 
     with mock.patch.object(tb.Trainer, "fit", watch):
         yield trainers
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())["result"]
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -253,7 +257,7 @@ class Run(ScriptCase):
 
     def test_patience_ends_a_run_that_gets_no_better_and_says_why(self) -> None:
         run = self.run_small("a", "--epochs", 9, "--patience", 1, "--schedule", "constant", "--lr", 0.3)
-        result = json.loads((run / "run.json").read_text())["result"]
+        result = result_of(run)
         self.assertRegex(result["stopped_because"], r"no improvement on .* \(epoch \d\) for 1 epochs")
         self.assertEqual((result["epochs_run"], len(rows_of(run))), (result["best_epoch"] + 1,) * 2)
 
@@ -400,11 +404,11 @@ class Resume(ScriptCase):
     def test_a_finished_run_is_judged_again_and_nothing_is_trained(self) -> None:
         run = self.run_small("a")
         before = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").iterdir()}
-        result = json.loads((run / "run.json").read_text())["result"]["test_loss"]
+        result = result_of(run)["test_loss"]
         with watched(lambda _: self.fail("a step")):
             self.assertEqual(call("--resume", run)[0], 0)
         self.assertEqual({path: path.stat().st_mtime_ns for path in (run / "checkpoints").iterdir()}, before)
-        self.assertEqual(json.loads((run / "run.json").read_text())["result"]["test_loss"], result)
+        self.assertEqual(result_of(run)["test_loss"], result)
 
     def test_a_run_that_began_with_given_weights_resumes_without_their_file(self) -> None:
         weights = self.run_small("w", "--epochs", 1) / "checkpoints" / "best.pt"

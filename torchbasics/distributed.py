@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import inspect
+import itertools
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from torch.optim import Optimizer
 
 T = TypeVar("T")
 NORM_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_groups = itertools.count()  # numbers the process groups that this process joins
 _job_store: dist.Store | None = None  # inside `process_group`: what `remember` writes to
 
 
@@ -74,9 +76,10 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
     limit = datetime.timedelta(seconds=timeout)
     try:
         store, number, count = next(dist.rendezvous("env://", timeout=limit))
-        # torchrun's store outlives a restart, and still holds the addresses of the processes that died
-        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=attempt, rank=number, world_size=count, timeout=limit, device_id=own)
+        # torchrun's store outlives the group and a restart, and still holds the addresses of processes that are gone
+        name = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}, group {next(_groups)}"
+        fresh = dist.PrefixStore(name, store)
+        dist.init_process_group(backend, store=fresh, rank=number, world_size=count, timeout=limit, device_id=own)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConnectionError(

@@ -1,0 +1,168 @@
+"""scripts/train_ddp.py: one process does what train_mnist does, several do the same, and no fault costs anything.
+
+Functions whose first argument is `rank` run in each process of a job.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import torchbasics as tb
+from torchbasics import cli, distributed
+from torchbasics.checkpoint import saved_steps
+
+from . import test_train_mnist as single
+from .common import ROOT, in_processes, load_script, needs_processes
+
+script = load_script("train_ddp")
+setUpModule, tearDownModule = single.setUpModule, single.tearDownModule
+SMALL = tuple(word for word in single.SMALL if word not in ("--threads", "1"))
+# The driver of a job under torchrun: the script's `main`, with a fault after a step of the first attempt.
+DRIVER = """
+    import os, signal, sys, time
+    sys.path.insert(0, {root!r})
+    import torch
+    import torchbasics as tb
+    from torchbasics import cli, distributed
+    from tests.common import load_script
+
+    def fault(trainer):
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and trainer.step >= 15:
+            {fault}
+
+    torch.set_num_threads(1)
+    fit = tb.Trainer.fit
+    tb.Trainer.fit = lambda trainer, *args, **options: (trainer.on_step_end.append(fault), fit(trainer, *args, **options))
+    sys.exit(cli.run(load_script("train_ddp").main, sys.argv[1:]))
+"""
+
+
+def run_rank(rank: int, argv: list[str]) -> int:
+    """Return the exit code of the script, run as one process of a job that torchrun started."""
+    os.environ["OMP_NUM_THREADS"] = "2"  # a number of threads that was chosen is kept; it is 1
+    return cli.run(script.main, argv)
+
+
+class DdpCase(single.ScriptCase):
+    def setUp(self) -> None:
+        super().setUp()
+        patch = mock.patch("faulthandler.enable")  # which torchrun's `record` calls: the tests' stderr is no file
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def run_processes(self, count: int, name: str, *more: Any, code: int = 0, resume: bool = False) -> Path:
+        where = ("--resume", self.folder / name) if resume else (*SMALL, "--output", self.folder / name)
+        argv = [str(word) for word in (*where, *more)]
+        self.assertEqual(in_processes(count, run_rank, argv, timeout=None), [code] * count)
+        return self.folder / name
+
+    def assert_near_run(self, one: Path, other: Path, tolerance: float = 1e-6) -> None:
+        rows, expected = single.rows_of(one), single.rows_of(other)
+        self.assertEqual(len(rows), len(expected))
+        for row, wanted in zip(rows, expected, strict=True):
+            self.assertEqual((row["step"], row["lr"], set(row)), (wanted["step"], wanted["lr"], set(wanted)))
+            for name in ("train_loss", "val_loss"):
+                self.assertAlmostEqual(row[name], wanted[name], delta=tolerance)
+        weights, others = (tb.load_checkpoint(run / "checkpoints" / "best.pt")["model_state_dict"] for run in (one, other))
+        for name, value in weights.items():
+            torch.testing.assert_close(value, others[name], rtol=0, atol=100 * tolerance)
+
+
+class OneProcess(DdpCase):
+    def test_one_process_trains_bit_for_bit_what_train_mnist_trains(self) -> None:
+        hard = ("--model", "cnn", "--epochs", 1, "--limit-batches", 4, "--accumulate", 3, "--ema", 0.5, "--clip-norm", 1)
+        for name, options in (("simple", ("--weight-decay", 0.1, "--seed", 7)), ("hard", hard)):
+            with self.subTest(name):
+                expected = self.run_small(f"{name} mnist", *options)
+                code, out, err = single.call(*SMALL, *options, "--output", name, main=script.main)
+                self.assertEqual((code, err), (0, ""))
+                self.assertIn("fashion-mnist: 1 processes, 1 thread per process", out)
+                metrics = [(run / "metrics.jsonl").read_text() for run in (expected, self.folder / name)]
+                self.assertEqual(*metrics)
+                result = {key: value for key, value in single.result_of(self.folder / name).items() if "seconds" not in key}
+                for key, value in result.items():
+                    self.assertAlmostEqual(value, single.result_of(expected)[key], places=6, msg=key)
+
+    def test_a_run_stopped_by_sigterm_ends_as_if_never_stopped(self) -> None:
+        with single.watched(lambda trainer: trainer.step == 14 and os.kill(os.getpid(), signal.SIGTERM)):
+            code, _, err = single.call(*SMALL, "--output", "a", main=script.main)
+        self.assertEqual((code, err), (143, "SIGTERM: saved a/checkpoints/step-00000014.pt\n"))
+        self.refused("--resume", "a", "--lr", 1, main=script.main, text="--lr 1.0 differs from the run's 0.003")
+        self.assertEqual(single.call("--resume", "a", "--save-every", 5, main=script.main)[0], 0)
+        single.call(*SMALL, "--output", "b", main=script.main)
+        self.assert_same_run(Path("a"), Path("b"))
+
+    def test_what_is_wrong_is_refused_in_one_line_with_exit_code_2(self) -> None:
+        bad = {**single.BAD_VALUES, "--timeout": ("0", "-1", "nan")}
+        options = {action.option_strings[0] for action in script.make_parser()._actions} & set(bad)
+        self.assertGreater(len(options), 15)
+        for option in options:
+            with self.subTest(option):
+                self.refused(*SMALL, f"{option}={bad[option][0]}", text=option.strip("-"), main=script.main)
+        self.refused(*SMALL, "--fsdp", "--ema", 0.5, text="--fsdp does not go with --ema", main=script.main)
+        self.refused("--resume", "a", "--output", "b", text="--resume does not go with --output", main=script.main)
+        self.refused("--resume", "a", text="no checkpoint to resume from", main=script.main)
+        Path("a").write_text("mine")
+        self.refused(*SMALL, "--output", "a", text="a exists", main=script.main)
+        self.assertEqual(os.listdir(), ["a"])
+
+
+@needs_processes
+class SeveralProcesses(DdpCase):
+    def test_two_processes_train_what_one_trains_and_go_on_after_each_other(self) -> None:
+        one = self.run_small("one", "--no-augment")
+        self.assert_near_run(one, self.run_processes(2, "ddp", "--no-augment"))
+        self.assert_near_run(one, self.run_processes(2, "fsdp", "--no-augment", "--fsdp"))
+
+    def test_what_rank_0_refuses_ends_all_processes_and_changes_nothing(self) -> None:
+        Path("a").write_text("mine")
+        codes = in_processes(2, run_rank, [*SMALL, "--output", "a"], timeout=None)
+        self.assertEqual((codes[0], os.listdir()), (2, ["a"]))
+        self.assertNotEqual(codes[1], 0)
+        self.refused(*SMALL, "--batch-size", 401, text="401", main=script.main)
+
+
+@needs_processes
+class Torchrun(DdpCase):
+    def torchrun(self, fault: str, *options: str) -> tuple[subprocess.CompletedProcess, Path]:
+        """Run two processes with a `fault` after step 15, in the directory `run`."""
+        driver = self.folder / "driver.py"
+        driver.write_text(textwrap.dedent(DRIVER).format(root=str(ROOT), fault=fault))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+        command += [str(driver), *SMALL, "--save-every", "4", "--output", str(self.folder / "run")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=150, check=False
+        )
+        return done, self.folder / "run"
+
+    def test_a_killed_process_costs_only_the_time_since_the_last_save(self) -> None:
+        fault = "distributed.rank() == 1 and os.kill(os.getpid(), signal.SIGKILL)"
+        done, run = self.torchrun(fault, "--max-restarts=1")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("(exitcode: -9) local_rank: 1", done.stderr)  # it did happen
+        self.assert_same_run(self.run_processes(2, "undisturbed"), run)
+
+    def test_sigterm_to_torchrun_saves_and_the_run_resumes_exactly(self) -> None:
+        fault = "distributed.rank() == 0 and trainer.step == 15 and os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.3)"
+        done, run = self.torchrun(fault)
+        self.assertNotEqual(done.returncode, 0, done.stderr)
+        step, _ = saved_steps(run / "checkpoints")[-1]
+        self.assertIn(f"SIGTERM: saved {run}/checkpoints/step-{step:08}.pt", done.stderr)
+        self.assertIn(step, range(15, 24), done.stderr)
+        self.run_processes(2, "run", resume=True)
+        self.assert_same_run(self.run_processes(2, "undisturbed"), run)
+
+
+if __name__ == "__main__":
+    unittest.main()
