@@ -11,14 +11,11 @@ the lines that were checked. Everything runs on the CPU.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import importlib
 import importlib.util
 import inspect
-import io
 import json
-import logging
 import math
 import os
 import statistics
@@ -27,7 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +79,7 @@ def to_onnx(job: Job, file: Path) -> None:
         raise cli.MissingExtra("needs other packages: pip install 'torchbasics[onnx]'")
     torch.onnx.export(
         job.model, (job.example,), str(file), input_names=["inputs"], output_names=["outputs"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False)  # fmt: skip
+        dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False)  # fmt: skip
 
 
 def to_torchscript(job: Job, file: Path, model: nn.Module | None = None) -> None:
@@ -153,16 +150,17 @@ FORMATS = {
 def python_lines(file: Path, example: Tensor) -> list[str]:
     """Return the four lines of Python that load `file` and run it on `inputs`."""
     shape, dtype, name = [1, *example.shape[1:]], str(example.dtype).removeprefix("torch."), repr(str(file))
-    if file.suffix == ".onnx":
-        return ["import numpy, onnxruntime", f"session = onnxruntime.InferenceSession({name})",
-                f"inputs = numpy.zeros({shape}, numpy.{dtype})", "outputs = session.run(None, {'inputs': inputs})[0]"]  # fmt: skip
+    lines = ["import torch", f"model = torch.jit.load({name})", f"inputs = torch.zeros({shape}, dtype=torch.{dtype})",
+             "outputs = model(inputs)"]  # fmt: skip
     if file.name.endswith(".aoti.pt2"):
-        load = f"torch._inductor.aoti_load_package({name})"
+        lines[1] = f"model = torch._inductor.aoti_load_package({name})"
     elif file.suffix == ".pt2":
-        load = f"torch.export.load({name}).module()"
-    else:
-        load = f"torch.jit.load({name})"
-    return ["import torch", f"model = {load}", f"inputs = torch.zeros({shape}, dtype=torch.{dtype})", "outputs = model(inputs)"]
+        lines[1] = f"model = torch.export.load({name}).module()"
+    elif file.suffix == ".onnx":
+        lines = ["import numpy, onnxruntime", f"session = onnxruntime.InferenceSession({name})",
+                 f"inputs = numpy.zeros({shape}, numpy.{dtype})",
+                 "outputs = session.run(None, {'inputs': inputs})[0]"]  # fmt: skip
+    return lines
 
 
 def median_time(call: Callable[[], object]) -> float:
@@ -270,13 +268,14 @@ def load_data(model: nn.Module, metadata: dict[str, Any], args: argparse.Namespa
     shape = shape or (metadata["in_channels"], metadata["image_size"], metadata["image_size"])
     if args.data_dir and name in ("mnist", "fashion-mnist", "kmnist"):
         test, train = (tb.load_images(name, args.data_dir, part, download=False) for part in (False, True))
-        inputs, targets, calibration, kind = test.inputs, test.targets, train.inputs[:CALIBRATION], f"{name} test images"
+        inputs, calibration, kind = test.inputs, train.inputs[:CALIBRATION], f"{name} test images"
+        targets: Tensor | None = test.targets
     elif args.data_dir:
         raise ValueError(f"--data-dir: the model's data set, {name}, has no files there; leave it out")
     elif shape == (1, 28, 28) and {"mean", "std"} <= metadata.keys():
         inputs, classes = tb.draw_digits(DRAWN, seed=1)
-        targets = classes if name == "digits" else None
-        calibration, kind = tb.draw_digits(CALIBRATION, seed=0)[0], "drawn digits"
+        targets, kind = classes if name == "digits" else None, "drawn digits"
+        calibration, _ = tb.draw_digits(CALIBRATION, seed=0)
     else:
         noise = make_noise(model, shape, getattr(torch, args.input_dtype))
         return Data(noise, None, noise, "noise")
@@ -315,18 +314,6 @@ def run_model(model: nn.Module, batches: list[Tensor]) -> Tensor:
     return torch.cat(outputs)
 
 
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Silence what exporters print of their steps and of their own future."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def export_one(name: str, job: Job, expected: Tensor) -> list[str]:
     """Make one file, check it, print its row, and put it into --output; return the lines that run it."""
     made, data, output = FORMATS[name], job.data, Path(job.args.output)
@@ -334,7 +321,8 @@ def export_one(name: str, job: Job, expected: Tensor) -> list[str]:
     with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as folder:
         file = Path(folder).resolve() / made.file
         try:
-            with silenced():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # exporters announce their own future
                 other = made.make(job, file)
         except (ValueError, cli.MissingExtra):
             raise
@@ -347,11 +335,15 @@ def export_one(name: str, job: Job, expected: Tensor) -> list[str]:
         if not difference <= made.limit or wrong_class:  # a NaN is not, either
             raise RuntimeError(f"differs from the model by {difference:.2g} of the largest output, "
                                f"gives the same class to {percent(same)}; not kept")  # fmt: skip
-        accuracy = None if data.targets is None else share(outputs.argmax(1) == data.targets)
-        print(ROW.format(name, f"{file.stat().st_size / 1e6:.2f}", f"{difference:.1e}", percent(same), percent(accuracy),
-                         f"{1000 * load_time:.0f}", f"{1000 * call_time:.2f}"), flush=True)  # fmt: skip
+        print(ROW.format(name, f"{file.stat().st_size / 1e6:.2f}", f"{difference:.1e}", percent(same),
+                         percent(accuracy(outputs, data.targets)), f"{1000 * load_time:.0f}",
+                         f"{1000 * call_time:.2f}"), flush=True)  # fmt: skip
         os.replace(file, output / made.file)
     return python_lines(output / made.file, job.example)
+
+
+def accuracy(outputs: Tensor, targets: Tensor | None) -> float | None:
+    return None if targets is None else share(outputs.argmax(1) == targets)
 
 
 def percent(value: float | None) -> str:
@@ -404,10 +396,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"compared on {len(data.inputs):,} {data.kind}; a difference is a share of the largest output")
     print(ROW.format("format", "MB", "difference", "same class", "accuracy", "load ms", "call ms"))
     size = sum(value.nbytes for value in model.state_dict().values() if isinstance(value, Tensor))
-    accuracy = None if data.targets is None else share(expected.argmax(1) == data.targets)
     with torch.no_grad():
         call_time = median_time(lambda: model(data.inputs[:1]))
-    print(ROW.format("model", f"{size / 1e6:.2f}", "-", "-", percent(accuracy), "-", f"{1000 * call_time:.2f}"), flush=True)
+    print(ROW.format("model", f"{size / 1e6:.2f}", "-", "-", percent(accuracy(expected, data.targets)), "-",
+                     f"{1000 * call_time:.2f}"), flush=True)  # fmt: skip
     texts, codes = [], [0]
     for name in args.format:
         try:
@@ -418,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
             codes.append(3 if isinstance(error, cli.MissingExtra) else 1)
             print(f"error: {name}: {cli.printable(' '.join(str(error).split()))[:500]}", file=sys.stderr)
         else:
-            texts.append("\n".join([f"\n# {name}{': ' * bool(FORMATS[name].note)}{FORMATS[name].note}", *lines]))
+            texts += [f"\n# {name}: {FORMATS[name].note}".rstrip(": "), *lines]
     if data.kind != "noise":
         print(f"inputs are (pixels / 255 - mean) / std, with mean {metadata['mean']} and std {metadata['std']}")
     print("\n".join(texts))

@@ -42,7 +42,8 @@ if __name__ == "profile":
     sys.modules[__name__] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[__name__])
 else:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would report its progress on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would report its progress on stderr,
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and memory that is older than its start
 
     import torch
     from torch import Tensor, nn
@@ -52,7 +53,7 @@ else:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
     import torchbasics as tb
     from torchbasics import cli
-    from torchbasics.device import autocast, device_name, preserved_random_state, synchronize
+    from torchbasics.device import autocast, bf16_is_native, device_name, preserved_random_state, synchronize
     from torchbasics.evaluation import evaluation_mode, in_float32, to_device
 
 PHASES = ("data", "transfer", "forward", "backward", "optimizer")
@@ -74,11 +75,11 @@ class Work(NamedTuple):
     precision: str
 
 
-def make_work(model: nn.Module, targets: Tensor, device: torch.device, precision: str) -> Work:
+def make_work(model: nn.Module, batch: tuple[Tensor, Tensor], device: torch.device, precision: str) -> Work:
     model.to(device).train()
-    if device.type != "mps":
+    if batch[0].dim() == 4:  # images
         model.to(memory_format=torch.channels_last)
-    criterion = nn.MSELoss() if targets.is_floating_point() else nn.CrossEntropyLoss()
+    criterion = nn.MSELoss() if batch[1].is_floating_point() else nn.CrossEntropyLoss()
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     return Work(model, torch.optim.AdamW(model.parameters()), criterion, scaler, device, precision)
 
@@ -113,8 +114,9 @@ def time_steps(work: Work, batches: Iterator, steps: int, accumulate: int = 1) -
 
 
 def time_repeats(work: Work, batches: Iterator, steps: int) -> list[float]:
-    """Return the mean seconds of a step in each of REPEATS passes, the shortest first."""
-    return sorted(time_steps(work, batches, steps) for _ in range(REPEATS))
+    """Return the mean seconds of a step in each of REPEATS passes, after WARMUP steps."""
+    time_steps(work, batches, WARMUP)
+    return [time_steps(work, batches, steps) for _ in range(REPEATS)]
 
 
 def spread(times: list[float]) -> float:
@@ -200,27 +202,27 @@ def trace(work: Work, batches: Iterator, path: Path) -> list[dict[str, Any]]:
 def verdict(measured: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str, str]:
     """Return (what bounds the step, the figure that shows it, what to change), by the rules at the top of this file.
 
-    `measured`: `step`, `step_without_loading` and `step_of_half` in seconds, not synchronised; `split` in seconds;
-    `products`, the share of the operators' time. `settings`: `precision`, `bf16_is_native`, `compile`, `batch_size`.
+    `measured`: `step`, `step_without_loading` and `step_of_half` (None if not measured) in seconds, not synchronised;
+    `split`, the seconds of each phase; `products`, their share of the operators' time. `settings`: `precision`,
+    `bf16_is_native`, `compile`, `batch_size`.
     """
     step, bare, split = measured["step"], measured["step_without_loading"], measured["split"]
-    compiled = "" if settings["compile"] else "--compile, which fuses operators; then "
+    compiling = "" if settings["compile"] else "--compile, which fuses operators; then "
+    bf16 = "--precision bf16; then " if settings["precision"] == "fp32" and settings["bf16_is_native"] else ""
     # Both must agree, since a busy machine can make one of two passes slow.
     loading = min(1 - bare / step, (split["data"] + split["transfer"]) / split["step"])
     if loading >= 0.25:
         figure = f"with one batch kept on the device a step takes {bare * 1e3:.2f} ms instead of {step * 1e3:.2f} ms"
         if split["transfer"] > split["data"]:
-            return "transfer", figure, "DataLoader(pin_memory=True); or all data on the device: torchbasics.TensorLoader"
+            return "transfer", figure, "DataLoader(pin_memory=True), or all data on the device in a TensorLoader"
         return "loader", figure, "DataLoader(num_workers=...); then a simpler transform, images stored smaller"
-    half = measured["step_of_half"] / bare
-    if half >= 0.8:
-        change = f"{compiled}--batch-size {2 * settings['batch_size']}, with a higher learning rate"
-        return "overhead", f"half the batch takes {half:.0%} of the time", change
+    if measured["step_of_half"] is not None and measured["step_of_half"] >= 0.8 * bare:
+        figure = f"half the batch takes {measured['step_of_half'] / bare:.0%} of the time"
+        return "overhead", figure, f"{compiling}--batch-size {2 * settings['batch_size']}"
     figure = f"products, convolutions and attention take {measured['products']:.0%} of the operators' time"
-    bf16 = "--precision bf16; then " if settings["precision"] == "fp32" and settings["bf16_is_native"] else ""
     if measured["products"] >= 0.5:
         return "compute", figure, f"{bf16}a smaller model, smaller images, or a faster device"
-    return "memory-bound", figure, f"{compiled}{bf16}fewer or smaller activations"
+    return "memory-bound", figure, f"{compiling}{bf16}fewer or smaller activations"
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -234,14 +236,14 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found or [model]
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Make each block drop its activations after forward and compute them again in backward.
+def checkpoint_activations(model: nn.Module) -> nn.Module:
+    """Make each block of `model` drop its activations after forward and compute them again in backward; return it.
 
     Gradients stay the same, dropout included. The running statistics of BatchNorm see each batch twice.
     """
     for block in blocks(model):
-        # `setattr`, since mypy forbids to assign to a method
-        setattr(block, "forward", functools.partial(checkpoint, block.forward, use_reentrant=False))  # noqa: B010
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    return model
 
 
 class Measured(NamedTuple):
@@ -253,21 +255,34 @@ class Measured(NamedTuple):
 
 
 def measure(work: Work, batch: tuple[Tensor, Tensor], steps: int, accumulate: int = 1) -> Measured:
-    """Measure a step on `batch`, cut into `accumulate` equal parts. The gradients are those of the first step."""
-    parts = zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True)
-    batches = itertools.cycle(list(parts))
-    with preserved_random_state(work.device):  # so that dropout draws the same for all that are compared
+    """Measure a step of a copy of the model on `batch`, cut into `accumulate` equal parts."""
+    work = make_work(copy.deepcopy(work.model), batch, work.device, work.precision)
+    batches = itertools.cycle(list(zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True)))
+    with preserved_random_state(work.device):
+        tb.set_seed()  # so that dropout draws the same in all that are compared
         train_step(work, batches, accumulate=accumulate)
     gradients = [p.grad.detach().clone() for p in work.model.parameters() if p.grad is not None]
     work.optimizer.zero_grad()
     state = [value for values in work.optimizer.state.values() for value in values.values()]
-    held = sum(t.nbytes for t in (*work.model.parameters(), *work.model.buffers(), *state, *batch))
+    held = sum(tensor.nbytes for tensor in (*work.model.parameters(), *work.model.buffers(), *state, *batch))
     tracker = tb.MemoryTracker(work.device)
     with tracker.phase("step"):
         train_step(work, batches, accumulate=accumulate)
         synchronize(work.device)
     seconds = statistics.median(time_steps(work, batches, 1, accumulate) for _ in range(steps))
     return Measured(held + tracker.peaks["step"], seconds, gradients)
+
+
+def compare_checkpointing(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Checkpoint the activations of the model from now on; print and return what that saves and costs."""
+    before = measure(work, batch, args.steps)
+    checkpoint_activations(work.model)
+    after = measure(work, batch, args.steps)
+    differ = difference(after.gradients, before.gradients)
+    print(f"activation checkpointing of {len(blocks(work.model))} blocks: peak {before.peak / MIB:.1f} to "
+          f"{after.peak / MIB:.1f} MiB, step {before.seconds * 1e3:.2f} to {after.seconds * 1e3:.2f} ms; "
+          f"gradients differ by {differ:.1e} of the largest")  # fmt: skip
+    return {"peak": [before.peak, after.peak], "seconds": [before.seconds, after.seconds], "gradients": differ}
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -285,23 +300,18 @@ def estimate(work: Work, inputs: Tensor, size: int) -> dict[str, int]:
 
 def estimate_checkpointed(work: Work, inputs: Tensor) -> int:
     """Return the estimate in bytes if blocks keep their inputs only, and one block at a time is computed again."""
-    shapes: dict[nn.Module, list[tuple[tuple[int, ...], torch.dtype]]] = {block: [] for block in blocks(work.model)}
-    handles = [
-        block.register_forward_pre_hook(lambda block, args: shapes[block].append((tuple(args[0].shape), args[0].dtype)))
-        for block in shapes
-    ]
+    calls: list[tuple[nn.Module, Tensor]] = []
+    handles = [b.register_forward_pre_hook(lambda b, args: calls.append((b, args[0]))) for b in blocks(work.model)]
+    parts = estimate(work, inputs[:1], len(inputs))
     with torch.no_grad(), evaluation_mode(work.model), autocast(work.device, work.precision):
+        calls.clear()  # of the estimate's own forward passes
         work.model(inputs)
         for handle in handles:
             handle.remove()
-    parts = estimate(work, inputs, len(inputs))
-    again, kept, left = 0, 0, parts["activations"]
-    for block, calls in shapes.items():
-        for shape, dtype in calls:
-            with autocast(work.device, work.precision):
-                inside = tb.MemoryTracker.estimate_model_memory(block, None, shape, dtype=dtype)["activations"]
-            again, kept, left = max(again, inside), kept + torch.Size(shape).numel() * dtype.itemsize, left - inside
-    return parts["total"] - parts["activations"] + again + kept + max(0, left)
+    inside = [estimate(work._replace(model=block), received, len(received)) for block, received in calls]
+    activations = [one["activations"] for one in inside]
+    kept = sum(one["inputs"] for one in inside)
+    return parts["total"] - sum(activations) + max(activations) + kept
 
 
 def memory_options(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> list[dict[str, Any]]:
@@ -311,41 +321,39 @@ def memory_options(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Te
     relative difference of the gradients.
     """
     inputs, targets = batch
-    parts = estimate(work, inputs, len(inputs))
-    batch_parts = parts["inputs"] + parts["activations"] + parts["temporary"]
-    make = functools.partial(make_work, targets=targets, device=work.device)
-    plain = copy.deepcopy(work.model)  # all begin with the same weights
+    size = len(inputs)
+    parts = estimate(work, inputs, size)
     base = measure(work, batch, args.steps)
-    rows: list[dict[str, Any]] = []
-
-    def add(option: str, expected: int, found: Measured | None = None, same_loss: bool = True) -> None:
-        row: dict[str, Any] = {"option": option, "estimate": expected, "peak": None, "seconds": None, "gradients": None}
-        if found is not None:
-            row |= {"peak": found.peak, "seconds": found.seconds}
-            row["gradients"] = difference(found.gradients, base.gradients) if same_loss else None
-        rows.append(row)
-
-    add("as it is", parts["total"], base)
-    if len(inputs) % 2 == 0:
-        halves = measure(make(copy.deepcopy(plain), precision=work.precision), batch, args.steps, accumulate=2)
-        add("half the batch, --accumulate 2", estimate(work, inputs, len(inputs) // 2)["total"], halves)
+    options: list[tuple[str, int, Measured | None]] = [("as it is", parts["total"], base)]
+    if size % 2 == 0:
+        halves = measure(work, batch, args.steps, accumulate=2)
+        options.append(("half the batch, --accumulate 2", estimate(work, inputs, size // 2)["total"], halves))
     if work.precision == "fp32":
-        low = make(copy.deepcopy(plain), precision="bf16")
-        add("--precision bf16", estimate(low, inputs, len(inputs))["total"], measure(low, batch, args.steps))
+        low = work._replace(precision="bf16")
+        options.append(("--precision bf16", estimate(low, inputs, size)["total"], measure(low, batch, args.steps)))
     if inputs.dim() == 4:
-        smaller = inputs[:, :, ::2, ::2].contiguous()
-        with contextlib.suppress(RuntimeError, ValueError):  # a model that takes one size only
-            model = load_model(args, tuple(smaller.shape[1:]))
-            small = make(model, precision=work.precision)
-            found = measure(small, (smaller, targets), args.steps)
-            add("images of half the side", estimate(small, smaller, len(inputs))["total"], found, same_loss=False)
-    model = copy.deepcopy(plain)
-    checkpoint_activations(model)
-    expected = estimate_checkpointed(work, inputs)
-    found = measure(make(model, precision=work.precision), batch, args.steps)
-    add("--checkpoint-activations (here only)", expected, found)
-    add("2 processes, DDP", parts["total"] - batch_parts // 2)
-    add("2 processes, FSDP", parts["total"] - (parts["total"] - parts["buffers"]) // 2)
+        side = max(inputs.shape[-1] // 8, 1) * 4  # about half; our models want a multiple of 4
+        images = nn.functional.interpolate(inputs, (side, side))  # (B, C, side, side)
+        try:
+            model = load_model(args, tuple(images.shape[1:])).to(work.device)
+            small = make_work(model, batch, work.device, work.precision)
+            found = measure(small, (images, targets), args.steps)
+            options.append((f"images of {side} x {side}", estimate(small, images, size)["total"], found))
+        except (RuntimeError, ValueError) as error:
+            print(f"images of {side} x {side} do not go through this model: {cli.printable(error)[:100]}")
+    found = measure(work._replace(model=checkpoint_activations(copy.deepcopy(work.model))), batch, args.steps)
+    options.append(("activation checkpointing", estimate_checkpointed(work, inputs), found))
+    per_batch = parts["inputs"] + parts["activations"] + parts["temporary"]
+    options.append(("2 processes, DDP", parts["total"] - per_batch // 2, None))
+    options.append(("2 processes, FSDP", parts["total"] - (parts["total"] - parts["buffers"]) // 2, None))
+    rows = []
+    for option, expected, one in options:
+        row: dict[str, Any] = {"option": option, "estimate": expected, "peak": None, "seconds": None, "gradients": None}
+        if one is not None:
+            row |= {"peak": one.peak, "seconds": one.seconds}
+            if [g.shape for g in one.gradients] == [g.shape for g in base.gradients]:
+                row["gradients"] = difference(one.gradients, base.gradients)
+        rows.append(row)
     return rows
 
 
@@ -354,51 +362,54 @@ def show_release(device: torch.device) -> None:
 
     def line(what: str) -> None:
         info = tb.MemoryTracker.get_memory_info(device)
-        kinds = [kind for kind in ("resident", "allocated", "reserved") if kind in info]
-        print(f"  {what:32}" + "".join(f"{kind:>12} {info[kind] / MIB:8,.0f} MiB" for kind in kinds))
+        kinds = [f"{kind} {info[kind] / MIB:8,.0f}" for kind in ("resident", "allocated", "reserved") if kind in info]
+        print(f"  {what:40} " + "  ".join(kinds))
 
-    line("at first")
+    print("\nwhat del and empty_cache give back, in MiB")
+    line("before")
     tensor = torch.ones(64 * MIB, device=device)  # float32: 256 MiB
-    line("after tensor = torch.ones(...)")
+    line("tensor = torch.ones(...)")
     view = tensor[:1]
     del tensor
-    line("after del tensor, but a view of it")  # one element of it holds all
+    line("del tensor, of which there is a view")
     del view
-    line("after del of the view, too")
+    line("del view")
     if device.type != "cpu":
         torch.accelerator.empty_cache()
-        line("after empty_cache()")
-    print("  del frees what nothing else refers to: not a tensor with a view, nor activations while a loss is kept.\n"
-          "  Freed memory stays reserved for the next tensors; empty_cache() hands it to other programs, and this one\n"
-          "  gains nothing. A CPU has no such call: the C library decides.")  # fmt: skip
+        line("empty_cache()")
+    print("  del frees what nothing else refers to: not a tensor with a view, nor activations while a loss is kept.")
+    print("  An accelerator's freed memory stays reserved for the next tensors. empty_cache() hands it to other")
+    print("  programs; this one gains nothing. On a CPU the C library decides.")
 
 
 def profile_memory(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """Print where the memory goes and what saves it; return the figures in bytes and seconds."""
     inputs = batch[0]
-    train_step(work, itertools.repeat(batch))  # the optimizer makes its state
+    in_use = tb.MemoryTracker.get_memory_info(work.device)
     parts = estimate(work, inputs, len(inputs))
+    print("in use, in MiB:   " + ", ".join(f"{name} {size / MIB:,.1f}" for name, size in in_use.items()))
+    print("estimate, in MiB: " + ", ".join(f"{name} {size / MIB:,.1f}" for name, size in parts.items()))
     fits = None
-    with autocast(work.device, work.precision), contextlib.suppress(ValueError):  # not even one, or no figure here
-        fits = tb.MemoryTracker.find_batch_size(
-            work.model, work.optimizer, tuple(inputs.shape[1:]), dtype=inputs.dtype, max_batch_size=2**20
-        )
-    options = memory_options(work, args, batch)
-    print("estimate of a step, in MiB: " + ", ".join(f"{name} {size / MIB:,.1f}" for name, size in parts.items()))
-    print(f"a batch of {fits or 'unknown size'} still fits, by this estimate, into 90% of what is free now")
-    print("\nwhat saves memory, in the order to try it     estimate  peak MiB   ms a step  gradients differ by")
-    for row in options:
-        cells = [f"{row['estimate'] / MIB:9,.1f}", "        -", "          -", "  -"]
+    try:
+        with autocast(work.device, work.precision):
+            shape = tuple(inputs.shape[1:])
+            fits = tb.MemoryTracker.find_batch_size(work.model, work.optimizer, shape, dtype=inputs.dtype)
+        print(f"by this estimate a batch of {fits:,} still fits into 90% of the available memory")
+    except ValueError as error:  # no figure on this system
+        print(f"batch size that fits: {error}")
+    rows = memory_options(work, args, batch)
+    print("\nwhat saves memory, in the order to try it    estimate  peak MiB   ms a step  gradients differ by")
+    for row in rows:
+        line = f"  {row['option']:40} {row['estimate'] / MIB:10,.1f}"
         if row["peak"] is not None:
-            cells[1:3] = f"{row['peak'] / MIB:9,.1f}", f"{row['seconds'] * 1e3:11.2f}"
+            line += f"{row['peak'] / MIB:10,.1f}  {row['seconds'] * 1e3:10.2f}"
         if row["gradients"] is not None:
-            cells[3] = f"  {row['gradients']:.1e}"
-        print(f"  {row['option']:42} " + " ".join(cells))
-    print("  The peak is all that a step holds, on an accelerator with its workspaces. Gradients are those of the first\n"
-          "  step, relative to the largest; BatchNorm and dropout see other batches if they are accumulated.")  # fmt: skip
-    print("\nwhat del and empty_cache give back")
+            line += f"  {row['gradients']:.1e}"
+        print(line)
+    print("  Peak: all that a step holds. Gradients: of the first step, relative to the largest; with BatchNorm and")
+    print("  dropout those of an accumulated batch are others.")
     show_release(work.device)
-    return {"estimate": parts, "batch_size_that_fits": fits, "options": options}
+    return {"in_use": in_use, "estimate": parts, "batch_size_that_fits": fits, "options": rows}
 
 
 def compile_modes(work: Work, batch: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -409,7 +420,6 @@ def compile_modes(work: Work, batch: Any, args: argparse.Namespace) -> list[dict
             torch.compiler.reset()
             work.model.compile(mode=mode)
         first = time_steps(work, itertools.repeat(batch), 1)
-        time_steps(work, itertools.repeat(batch), WARMUP)
         later = time_repeats(work, itertools.repeat(batch), args.steps)
         rows.append({"mode": mode or "not compiled", "first": first, "later": statistics.median(later)})
     return rows
@@ -418,54 +428,60 @@ def compile_modes(work: Work, batch: Any, args: argparse.Namespace) -> list[dict
 def profile_time(
     work: Work, args: argparse.Namespace, batches: Iterator, batch: tuple[Tensor, Tensor], path: Path
 ) -> dict[str, Any]:
-    """Measure where the time of a step goes, and write the trace to `path`."""
-    seconds, step_with_hooks = time_modules(work, batch, args.steps)
-    modes = compile_modes(work, batch, args) if args.compile else []
-    time_steps(work, batches, WARMUP)
-    steps = time_repeats(work, batches, args.steps)
-    bare = time_repeats(work, itertools.repeat(batch), args.steps)
-    half = (batch[0][: len(batch[0]) // 2], batch[1][: len(batch[1]) // 2])
-    halves = bare  # of one sample there is no half
-    if len(half[0]) > 1 and not args.compile:  # BatchNorm refuses one; compiled code would be made anew
-        time_steps(work, itertools.repeat(half), WARMUP)
+    """Return where the time of a step goes, in seconds, and write the trace to `path`."""
+    by_module, step_with_hooks = time_modules(work, batch, args.steps)
+    half = tuple(tensor[: len(tensor) // 2] for tensor in batch)
+    halves = []
+    if len(half[0]) > 1 and not args.compile:  # BatchNorm refuses a single sample; another size is compiled again
         halves = time_repeats(work, itertools.repeat(half), args.steps)
+    modes = compile_modes(work, batch, args) if args.compile else []
+    passes = [time_repeats(work, batches, args.steps), time_repeats(work, itertools.repeat(batch), args.steps)]
     split = time_phases(work, batches, args.steps)
     operators = trace(work, batches, path)
-    total = sum(row["seconds"] for row in operators) or 1.0
-    products = sum(row["seconds"] for row in operators if PRODUCTS.search(row["operator"])) / total
-    modules = [
-        {"module": name, "kind": type(module).__name__, "seconds": seconds[name],
-         "parameters": sum(p.numel() for p in module.parameters(recurse=False))}
-        for name, module in work.model.named_modules()
-    ]  # fmt: skip
+    total = sum(row["seconds"] for row in operators)
+    products = sum(row["seconds"] for row in operators if PRODUCTS.search(row["operator"]))
+    modules = []
+    for name, module in work.model.named_modules():
+        parameters = sum(p.numel() for p in module.parameters(recurse=False))
+        kind = type(module).__name__
+        modules.append({"module": name, "kind": kind, "parameters": parameters, "seconds": by_module[name]})
+    step, bare = map(statistics.median, passes)
     return {
-        "step": statistics.median(steps), "step_without_loading": statistics.median(bare),
-        "step_of_half": statistics.median(halves), "spread": max(map(spread, (steps, bare, halves))), "split": split,
-        "samples_per_second": len(batch[1]) / statistics.median(steps), "products": products,
-        "operators": operators, "modules": modules, "step_with_hooks": step_with_hooks, "compile_modes": modes,
-    }  # fmt: skip
+        "step": step,
+        "step_without_loading": bare,
+        "step_of_half": statistics.median(halves) if halves else None,
+        "spread": max(spread(times) for times in (*passes, halves or [1.0])),
+        "samples_per_second": len(batch[1]) / step,
+        "split": split,
+        "products": products / total if total else 0.0,
+        "operators": operators,
+        "modules": modules,
+        "step_with_hooks": step_with_hooks,
+        "compile_modes": modes,
+    }
 
 
 def print_time(found: dict[str, Any]) -> None:
-    print(f"{found['samples_per_second']:,.0f} samples/s; a step takes {found['step'] * 1e3:.2f} ms, with one batch kept "
-          f"on the device {found['step_without_loading'] * 1e3:.2f} ms (medians of {REPEATS}, not synchronised)")  # fmt: skip
+    print(f"{found['samples_per_second']:,.0f} samples/s; a step takes {found['step'] * 1e3:.2f} ms, without loading "
+          f"{found['step_without_loading'] * 1e3:.2f} ms (medians of {REPEATS} passes, not synchronised)")  # fmt: skip
     if found["spread"] > BUSY:
-        print(f"the machine is busy: the same steps took up to {found['spread']:.0%} longer; don't rely on these times")
+        print(f"the machine is busy: one pass took {found['spread']:.0%} longer than another; measure again later")
     print("\nphase            ms   share   (synchronised after each phase)")
     for name, seconds in found["split"].items():
         print(f"{name:9}  {seconds * 1e3:8.3f}  {seconds / found['split']['step']:6.1%}")
     total = sum(row["seconds"] for row in found["operators"]) or 1.0
-    print(f"\n{'operator':44}   calls        ms   share   (per step, without what it calls)")
+    print(f"\n{'operator':44}   calls        ms   share   (per step, without those it calls)")
     for row in found["operators"][:10]:
         share = row["seconds"] / total
         print(f"{row['operator'][-44:]:44}  {row['calls']:6.1f}  {row['seconds'] * 1e3:8.3f}  {share:6.1%}")
     print(f"\n{'module':28}  {'kind':16}  parameters   fp32 MiB  forward ms   (without its children)")
+    everything = {"module": "all", "kind": "", "parameters": 0, "seconds": 0.0}
     for row in found["modules"]:
+        everything = everything | {key: everything[key] + row[key] for key in ("parameters", "seconds")}
+    for row in [*found["modules"], everything]:
         print(f"{row['module'][-28:] or '(model)':28}  {row['kind'][:16]:16}  {row['parameters']:10,}  "
               f"{row['parameters'] * 4 / MIB:9.2f}  {row['seconds'] * 1e3:10.3f}")  # fmt: skip
-    forward, parameters = (sum(row[key] for row in found["modules"]) for key in ("seconds", "parameters"))
-    print(f"{'all':28}  {'':16}  {parameters:10,}  {parameters * 4 / MIB:9.2f}  {forward * 1e3:10.3f}   "
-          f"of a step of {found['step_with_hooks'] * 1e3:.3f} ms")  # fmt: skip
+    print(f"of a step of {found['step_with_hooks'] * 1e3:.3f} ms, synchronised before and after each module")
     if found["compile_modes"]:
         print(f"\n{'compile':28}  first step ms  later steps ms")
         for row in found["compile_modes"]:
@@ -494,15 +510,14 @@ def load_model(args: argparse.Namespace, shape: tuple[int, ...]) -> nn.Module:
     return model
 
 
-def load_data(args: argparse.Namespace, model: nn.Module, device: torch.device) -> tuple[Iterable, str]:
+def load_data(args: argparse.Namespace, model: nn.Module) -> tuple[Iterable, str]:
     """Return batches (inputs, targets), and what they are."""
     if args.loader:
         return made_by(args.loader, "--loader"), args.loader
     if args.input_shape == (1, 28, 28):
-        count = args.batch_size * max(4, 2048 // args.batch_size)
+        images, labels = tb.draw_digits(4 * args.batch_size)
         augment = tb.RandomAffine(scale=0.1)
-        images, labels = tb.draw_digits(count)
-        return tb.TensorLoader(images, labels, args.batch_size, device=device, augment=augment), "drawn digits"
+        return tb.TensorLoader(images, labels, args.batch_size, device=args.device, augment=augment), "drawn digits"
     inputs = torch.randn(args.batch_size, *args.input_shape)  # (B, C, H, W)
     with torch.no_grad(), evaluation_mode(model):
         outputs = model(inputs[:2])  # (2, classes, ...)
@@ -539,8 +554,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"compare torch.compile in these modes with none, then profile the last: {', '.join(COMPILE_MODES)}")
     add("--checkpoint-activations", action="store_true",
         help="compute activations again in backward instead of keeping them; shows what that saves and costs")
-    add("--accumulate", type=count, default=1, metavar="N",
-        help="also measure a step on N parts of the batch instead of all at once (default: 1)")
     add("--memory", action="store_true", help="profile the memory instead: what takes it, what fits, what saves it")
     add("--steps", type=count, default=10, metavar="N", help="measured steps of each pass (default: 10)")
     add("--output", type=cli.path_argument, metavar="DIR",
@@ -565,42 +578,26 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cpu" and not args.memory:
         tb.cache_cpu_memory()  # as in training
     model = load_model(args, args.input_shape)
-    loader, source = load_data(args, model, device)
+    args.device = str(device)
+    loader, source = load_data(args, model)
     batches = endless(loader)
     batch = to_device(next(batches), device)
     args.batch_size = len(batch[0])
-    if args.batch_size % args.accumulate:
-        raise ValueError(f"--accumulate {args.accumulate}: does not divide the batch of {args.batch_size}")
-    work = make_work(model, batch[1], device, precision)
+    work = make_work(model, batch, device, precision)
+    train_step(work, itertools.repeat(batch))  # shows whether they fit; the optimizer makes its state
     print(f"{args.model} on {source}; batches of {args.batch_size}; {precision}; {device_name(device)}")
     with tb.RunDirectory(args.output, name="profile") as run:
         run.write_info(options=vars(args), device=device_name(device), precision=precision, torch=torch.__version__)
         if args.memory:
             run.write_info(memory=profile_memory(work, args, batch))
             return 0
-        plain, variants = copy.deepcopy(model), {}
-        if args.accumulate > 1 or args.checkpoint_activations:
-            variants["one batch"] = measure(work, batch, args.steps)
-        if args.accumulate > 1:
-            parts = make_work(copy.deepcopy(plain), batch[1], device, precision)
-            variants[f"{args.accumulate} parts, accumulated"] = measure(parts, batch, args.steps, args.accumulate)
-        if args.checkpoint_activations:
-            work = make_work(plain, batch[1], device, precision)
-            checkpoint_activations(plain)
-            variants["activations checkpointed"] = measure(work, batch, args.steps)
+        checkpointing = compare_checkpointing(work, args, batch) if args.checkpoint_activations else None
         found = profile_time(work, args, batches, batch, run.path / "trace.json.gz")
-        settings = {**vars(args), "precision": precision, "bf16_is_native": tb.pick_precision("auto", device) == "bf16"}
+        settings = {**vars(args), "precision": precision, "bf16_is_native": bf16_is_native(device)}
         bound, figure, change = verdict(found, settings)
         print(f"bound by: {bound}: {figure}\nchange:   {change}\n")
         print_time(found)
-        if variants:
-            expected = variants["one batch"].gradients
-            print(f"\n{'step':28}  peak MiB   ms a step  gradients differ by")
-            for name, one in variants.items():
-                differ = difference(one.gradients, expected)
-                print(f"{name:28}  {one.peak / MIB:8,.1f}  {one.seconds * 1e3:10.3f}  {differ:.1e}")
-        run.write_info(bound_by=bound, figure=figure, change=change, **found, variants={
-            name: {"peak": one.peak, "seconds": one.seconds} for name, one in variants.items()})  # fmt: skip
+        run.write_info(bound_by=bound, figure=figure, change=change, checkpointing=checkpointing, **found)
         print(f"\nfiles: {run.path}: run.json, trace.json.gz (open it at https://ui.perfetto.dev)")
     return 0
 

@@ -135,13 +135,18 @@ def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[t
 
 def open_run(args: argparse.Namespace, name: str, stack: contextlib.ExitStack) -> tb.RunDirectory | None:
     """Open the run's directory on rank 0; tell the others its path, and torchrun's next attempts too."""
-    if distributed.is_main():
+    opened: list[tb.RunDirectory] = []
+
+    def open_directory() -> str:
         earlier = distributed.recall("run")  # this job was started before, and torchrun has restarted it
         path, resume = earlier or args.resume or args.output, bool(args.resume) and earlier is None
         run = stack.enter_context(tb.RunDirectory(path, name=name, resume=resume, restart=earlier is not None))
         distributed.remember("run", str(run.path))
-    args.output = distributed.on_main(lambda: str(run.path))
-    return run if distributed.is_main() else None
+        opened.append(run)
+        return str(run.path)
+
+    args.output = distributed.on_main(open_directory)
+    return opened[0] if opened else None
 
 
 def judge(trainer: tb.Trainer, best: Path, loader: Any) -> dict[str, Any]:
@@ -181,12 +186,13 @@ def train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exit
     train_loader, val_loader, test_loader = loaders
     facts |= {"model": args.model, "dropout": args.dropout}
     model = tb.make_model(facts).to(device)
+    if not args.fsdp:  # which splits contiguous weights only
+        model = model.to(memory_format=torch.channels_last)
     precision = tb.pick_precision(args.precision, device)
     averages = tb.averaged_copy(model, args.ema) if args.ema else None
     if args.fsdp:
         model = distributed.shard(model, device, precision)
     else:
-        model = model.to(memory_format=torch.channels_last)
         model = distributed.replicate(model, device, sync_bn=args.sync_bn, static=args.accumulate == 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     total = args.epochs * -(-len(train_loader) // args.accumulate)  # one step more than will be taken:

@@ -308,7 +308,11 @@ def main(argv: list[str] | None = None) -> int:
                   f"{tb.device_name(device)}; {trainer.precision}".strip())  # fmt: skip
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
         started = time.monotonic()
-        trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
+        try:
+            trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
+        except tb.Interrupted:
+            print(f"continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}", file=sys.stderr)
+            raise
         seconds = time.monotonic() - started
         result = judge(args, trainer, run.checkpoints / "best.pt", test_loader)
         result |= {"train_seconds": seconds, "total_seconds": time.monotonic() - began}
@@ -324,10 +328,11 @@ def print_result(args: argparse.Namespace, result: dict[str, Any], run: tb.RunDi
     print("by class: " + "  ".join(f"{name} {share:.1%}" for name, share in result["accuracy_by_class"].items()))
     print(f"stopped because: {result['stopped_because']}; training took {result['train_seconds']:.1f} s")
     if not args.dry_run:
-        best = shlex.quote(str(run.checkpoints / "best.pt"))
-        print(f"files:    {run.path}\npredict:  python scripts/predict.py --checkpoint {best} digit.png")
+        folder, best = shlex.quote(str(run.path)), shlex.quote(str(run.checkpoints / "best.pt"))
+        print(f"files:    {folder}")
+        print(f"predict:  python {Path(sys.argv[0]).with_name('predict.py')} --checkpoint {best} digit.png")
         if args.schedule in ("constant", "plateau"):
-            print(f"continue: python {sys.argv[0]} --resume {shlex.quote(str(run.path))} --epochs {2 * args.epochs}")
+            print(f"continue: python {sys.argv[0]} --resume {folder} --epochs {2 * args.epochs}")
     if notice:
         print(notice)
 

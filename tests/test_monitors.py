@@ -122,21 +122,13 @@ class Numbers(unittest.TestCase):
         self.assertEqual((report["zero"]["norm"], report["none"]["norm"]), (0.0, None))
         self.assertIn("after backward", GradientMonitor(network()).verdict)
 
-    def test_sparse_gradients_have_the_numbers_of_dense_ones(self) -> None:
-        reports = []
-        for sparse in (True, False):
-            torch.manual_seed(0)
-            model = nn.Embedding(20, 4, sparse=sparse)
-            (model(torch.tensor([3, 5, 3])) ** 2).sum().backward()  # 3 twice: not coalesced
-            reports.append(GradientMonitor(model).check_gradients()["weight"])
-        self.assertEqual(*reports)
-
     def test_parameters_of_several_types_and_norms_beyond_half_precision(self) -> None:
         kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
         model = nn.ParameterDict({f"w{i}": nn.Parameter(torch.ones(100, 100, dtype=k)) for i, k in enumerate(kinds)})
-        model["empty"] = nn.Parameter(torch.empty(0))
+        model["sparse"], model["empty"] = nn.Parameter(torch.ones(100, 100)), nn.Parameter(torch.empty(0))
         for parameter in model.values():
             parameter.grad = torch.full_like(parameter, 1024j if parameter.is_complex() else 1024)
+        model["sparse"].grad = torch.full((100, 100), 1024.0).to_sparse()
         optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-10)
         monitor = GradientMonitor(model, optimizer)
         optimizer.step()
@@ -472,10 +464,11 @@ class FindNonfinite(unittest.TestCase):
 
         self.find("module '0' (Do)", nn.Sequential(Do(careful, wrong=nn.Sequential(nn.Linear(7, 7))), nn.ReLU()))
 
-    def test_sparse_inputs_and_a_caller_without_gradients(self) -> None:
+    def test_sparse_inputs_no_parameters_and_a_caller_without_gradients(self) -> None:
         layer = Do(lambda x, adjacency: torch.mm(adjacency, x) / 0)
         graph = torch.eye(8).to_sparse()
         self.find("module 'layer'", Do(lambda layer, x: layer(x, graph), layer=layer))
+        self.find("nobody", nn.Sequential(nn.ReLU(), Do(root)))
         with torch.no_grad():
             self.find("module '1' (Do) made the first gradient", nn.Sequential(linear(), Do(root)))
 

@@ -1,0 +1,379 @@
+"""Run the training scripts in child processes: start one, disturb it, compare what it leaves with an undisturbed run.
+
+This process imports torch and trains nothing, so that a fork of it is a fresh process, ready in milliseconds instead of
+seconds. Each child leads a process group, dies with this process, and has a time limit.
+
+Called as `python -m tests.faults.runs NAME OPTION…` (under torchrun), it runs scripts/NAME.py on the same few images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import io
+import json
+import mmap
+import os
+import random
+import signal
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # every run imports it: once here, not in each child
+from torch import Tensor
+
+import torchbasics as tb
+from tests.common import ROOT, load_script
+from torchbasics import checkpoint, cli
+from torchbasics.checkpoint import saved_steps
+from torchbasics.data import Images, Splits
+
+libc = ctypes.CDLL(None, use_errno=True)
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+HUNG = 999  # the exit code of a child that was ended because it took too long
+
+# 224 training images make 7 batches an epoch.
+SMALL = (
+    *("--dataset", "digits", "--model", "simplenet", "--epochs", "2", "--batch-size", "32", "--limit-batches", "7"),
+    *("--precision", "fp32", "--save-every", "2", "--device", "cpu", "--quiet"),
+)
+STEPS = 14
+Hook = Callable[[tb.Trainer], Any]
+
+
+def draw_splits() -> Splits:
+    """Return few drawn digits, in the form in which `load_splits` returns 70,000."""
+    inputs, targets = tb.draw_digits(352)
+    classes = tuple("0123456789")
+    parts = [Images(inputs[part], targets[part], classes) for part in (slice(224), slice(224, 288), slice(288, 352))]
+    return Splits(*parts, "digits", "")
+
+
+SPLITS = draw_splits()
+SCRIPTS = {name: load_script(name) for name in ("train_mnist", "train_ddp")}
+
+
+@dataclass
+class Row:
+    """One line of the table: what was injected how often, and what went wrong."""
+
+    name: str
+    title: str
+    seed: int
+    full: bool
+    folder: Path
+    count: int = 0
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(f"{self.seed} {self.name}")
+        self.paths = 0
+
+    def pick(self, full: Any, sample: Any) -> Any:
+        """Return how much to do: in the whole matrix, and in the sample."""
+        return full if self.full else sample
+
+    def some(self, cases: list, sample: int) -> list:
+        """Return all of `cases`, or a random sample of them in the same order."""
+        return cases if self.full else sorted(self.random.sample(cases, min(sample, len(cases))), key=cases.index)
+
+    def case(self, name: str, *problems: str | list[str]) -> None:
+        """Count one fault. `problems` says what went wrong; empty ones do not count."""
+        self.count += 1
+        found = [text for part in problems for text in ([part] if isinstance(part, str) else part) if text]
+        self.failures += [f"{name}: {text}" for text in found]
+
+    def new(self, name: str = "run") -> Path:
+        """Return a path in the row's folder that does not exist yet."""
+        self.paths += 1
+        return self.folder / f"{name}-{self.paths}"
+
+
+class Child:
+    """A forked process that leads a process group. `out` and `err` are what it has printed."""
+
+    def __init__(self, pid: int, log: Path) -> None:
+        self.pid = pid
+        self.log = log
+        self.code: int | None = None
+        self.began = time.monotonic()
+
+    @property
+    def out(self) -> str:
+        return self.printed(".out")
+
+    @property
+    def err(self) -> str:
+        return self.printed(".err")
+
+    def printed(self, ending: str) -> str:
+        path = self.log.with_suffix(ending)
+        return path.read_text(errors="backslashreplace") if path.exists() else ""  # killed before it was made
+
+    def poll(self) -> int | None:
+        """Return the exit code, minus the signal that killed it; None while it runs."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self, limit: float = 60.0) -> int:
+        """Return the exit code. After `limit` seconds let the child print where it is, end it, and return HUNG."""
+        deadline, pause = time.monotonic() + limit, 0.001
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.send(signal.SIGUSR2)
+                time.sleep(0.5)
+                self.kill_group()
+                os.waitpid(self.pid, 0)
+                self.code = HUNG
+                break
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+        assert self.code is not None
+        return self.code
+
+    def send(self, signum: int) -> None:
+        """Send a signal, if the process is still there."""
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def left_behind(self, within: float = 5.0) -> str:
+        """Wait for the end of the whole group; return a problem if some process outlives `within` seconds."""
+        deadline = time.monotonic() + within
+        while True:
+            with contextlib.suppress(ChildProcessError):  # orphans became children of this process
+                while os.waitpid(-self.pid, os.WNOHANG)[0]:
+                    pass
+            try:
+                os.killpg(self.pid, 0)
+            except ProcessLookupError:
+                return ""
+            if time.monotonic() > deadline:
+                self.kill_group()
+                return f"a process is left {within:g} s after the end"
+            time.sleep(0.01)
+
+
+_children: list[Child] = []
+
+
+def start(work: Callable[[], int | None], log: Path, **environment: str) -> Child:
+    """Fork a process that calls `work` and exits with its result (None: 0; an exception: 70 and a traceback)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)
+        _children.append(Child(pid, log))
+        return _children[-1]
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(71)
+        for number, ending in ((1, ".out"), (2, ".err")):
+            descriptor = os.open(log.with_suffix(ending), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "utf-8", write_through=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell job ignores it
+        faulthandler.register(signal.SIGUSR2, file=sys.stderr)
+        os.environ.update(environment)
+        _children.clear()
+        code = work() or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def adopt_orphans() -> None:
+    """Make the orphans of children this process's own, so that they are seen and waited for."""
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_children() -> list[str]:
+    """End what is left of all groups; return a problem for each group that had not ended by itself."""
+    problems = [f"{child.log.name}: {problem}" for child in _children if (problem := child.left_behind(2.0))]
+    _children.clear()
+    return problems
+
+
+class Shared:
+    """A number that a child writes and this process reads, whatever becomes of the child."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 8)
+
+    @property
+    def value(self) -> int:
+        return struct.unpack("q", self.memory[:8])[0]
+
+    @value.setter
+    def value(self, number: int) -> None:
+        self.memory[:8] = struct.pack("q", number)
+
+
+def run_script(name: str, argv: list[str]) -> int:
+    """Return the exit code of scripts/NAME.py, run in this process on few images."""
+    torch.set_num_threads(1)
+    tb.load_splits = lambda *args, **options: SPLITS
+    return cli.run(SCRIPTS[name].main, argv, out_of_memory="")
+
+
+def training(
+    *argv: Any, hook: Hook | None = None, before: Callable[[], Any] | None = None, script: str = "train_mnist"
+) -> Callable[[], int]:
+    """Return the work of a child: call `before`, then the script, with `hook` after each step."""
+
+    def work() -> int:
+        if hook is not None:
+            fit = tb.Trainer.fit
+
+            def hooked(trainer: tb.Trainer, *args: Any, **options: Any) -> Any:
+                trainer.on_step_end.append(hook)
+                return fit(trainer, *args, **options)
+
+            tb.Trainer.fit = hooked  # type: ignore[method-assign]
+        if before is not None:
+            before()
+        return run_script(script, [str(word) for word in argv])
+
+    return work
+
+
+def at_step(step: int, action: Callable[[], Any], reached: Shared | None = None) -> Hook:
+    """Return a hook that calls `action` after `step`, before its save; `reached` follows the steps."""
+
+    def hook(trainer: tb.Trainer) -> None:
+        if reached is not None:
+            reached.value = trainer.step
+        if trainer.step == step:
+            action()
+
+    return hook
+
+
+def send_self(signum: int = signal.SIGKILL, times: int = 1) -> Callable[[], None]:
+    """Return a function that sends this process a signal."""
+
+    def send() -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), signum)
+
+    return send
+
+
+def refusal_problems(child: Child, *words: str, code: int) -> list[str]:
+    """Return what is wrong with an exit: expected are `code` and one line `error: …` with all `words`, no traceback."""
+    lines = [line for line in child.err.splitlines() if line]
+    errors = [line for line in lines if line.startswith("error: ")]
+    problems = []
+    if child.code != code:
+        problems.append(f"exit code {child.code}, expected {code}: {child.err[-300:]!r}")
+    if len(errors) != 1 or any(not line.startswith(("error: ", "warning: ")) for line in lines):
+        problems.append(f"expected one line, got {child.err[-300:]!r}")
+    return problems + [f"{word!r} is not in {errors[0]!r}" for word in words if errors and word not in errors[0]]
+
+
+def flat(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the leaves of a nested value as text, each with its place; of a tensor the hash of its bytes."""
+    if isinstance(value, Tensor):
+        yield place, checkpoint.weights_hash({"": value})
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from flat(item, f"{place}[{key!r}]")
+    elif isinstance(value, (list, tuple)) and len(value) < 100:
+        for i, item in enumerate(value):
+            yield from flat(item, f"{place}[{i}]")
+    else:
+        yield place, repr(value)
+
+
+def leavings(run: Path) -> dict[str, str]:
+    """Return all that must be the same whether a run was disturbed or not: place → value or hash."""
+    newest = saved_steps(run / "checkpoints")[-1][1]
+    found = {"newest": newest.name, "metrics.jsonl": (run / "metrics.jsonl").read_text()}
+    result = json.loads((run / "run.json").read_text())["result"]
+    found |= flat({name: value for name, value in result.items() if "seconds" not in name}, "result")
+    for path in (newest, run / "checkpoints" / "best.pt"):
+        state = tb.load_checkpoint(path, require_seal=True)
+        del state["metadata"]  # holds the name of the directory
+        found |= flat(state, path.name)
+    return found
+
+
+def differences(run: Path, expected: dict[str, str]) -> list[str]:
+    """Return where the leavings of a run differ from `expected`: at most three places."""
+    try:
+        found = leavings(run)
+    except (ValueError, OSError, LookupError) as error:
+        return [f"cannot be read: {error!r}"]
+    places = [place for place in {**expected, **found} if found.get(place) != expected.get(place)]
+    return [f"{len(places)} values differ: {', '.join(places[:3])}"] if places else []
+
+
+def undisturbed(row: Row, *argv: Any, work: Callable[[Path], Any] | None = None) -> tuple[dict[str, str], float]:
+    """Return the leavings of the undisturbed run with these options, and its seconds."""
+    run = row.new("undisturbed")
+    child = start(work(run) if work else training(*argv, "--output", run), run)
+    if child.wait() or child.err:
+        raise RuntimeError(f"the undisturbed run failed: {child.err}")
+    return leavings(run), time.monotonic() - child.began
+
+
+def continued(run: Path, *argv: Any) -> tuple[Path, list[str]]:
+    """Do what a user does after a kill: `--resume`, or without a checkpoint start anew in another directory.
+
+    Return the directory of the finished run, and what went wrong.
+    """
+    options: tuple[Any, ...] = ("--resume", run)
+    if not saved_steps(run / "checkpoints"):
+        run = run.with_name(run.name + "-anew")
+        options = (*argv, "--output", run)
+    child = start(training(*options), run.with_name(run.name + "-continued"))
+    if child.wait() or child.err:
+        return run, [f"{options[0]}: exit code {child.code}: {child.err[-400:]!r}"]
+    return run, []
+
+
+def resume_problems(run: Path, expected: dict[str, str], *argv: Any) -> list[str]:
+    """Continue a disturbed run to its end; return in what it differs from the undisturbed one."""
+    run, problems = continued(run, *argv)
+    return problems + differences(run, expected)
+
+
+def last_step(run: Path) -> int:
+    """Return the step of the newest checkpoint, 0 without one."""
+    return max((step for step, _ in saved_steps(run / "checkpoints")), default=0)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the process numbers of the children of a process."""
+    with contextlib.suppress(OSError):
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,154 @@
+"""The package as something to copy: what imports what, that a copy works, and the names that it offers."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import unittest
+from collections.abc import Iterator
+from pathlib import Path
+
+import torchbasics as tb
+
+from .common import ROOT, SCRIPTS
+
+PACKAGE = ROOT / "torchbasics"
+MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+ALONE = (
+    "models", "digits", "mnist", "device", "optim", "early_stopping", "checkpoint", "monitors", "memory", "cli", "demo",
+)  # fmt: skip
+# The rows L1 to L16 of the coverage.
+NAMES = """
+    SimpleNet NeuralNetwork MLP CNN MNISTNet EnsembleModel CustomLoss init_weights freeze unfreeze
+    count_parameters count_parameters_by_layer Trainer evaluate compute_accuracy predict EarlyStopping
+    warmup_lr_scheduler warmup_cosine_scheduler GradientMonitor MemoryTracker check_nan_inf
+    set_seed pick_device check_pytorch_environment load_mnist get_transforms CustomDataset pad_collate split_dataset
+    save_checkpoint load_checkpoint NonFiniteLoss Interrupted CheckpointError DataError
+""".split()
+
+
+def nodes_of(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path)))
+
+
+def siblings(source: Path) -> set[str]:
+    """Return the modules of the package that one of its modules imports, at any depth."""
+    found: set[str] = set()
+    for node in nodes_of(source):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+def absolute_imports(source: Path) -> set[str]:
+    """Return the packages that a file imports by name, at any depth."""
+    found: set[str] = set()
+    for node in nodes_of(source):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def run_python(code: str, folder: str | Path, *, path: Path | None = None) -> str:
+    """Return what `code` prints in a fresh process in `folder`, with `path` first on its search path."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path or ""), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=folder, env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise AssertionError(done.stderr)
+    return done.stdout
+
+
+class Imports(unittest.TestCase):
+    def test_the_modules_to_copy_as_single_files_import_no_sibling(self) -> None:
+        for name in ALONE:
+            self.assertEqual(siblings(MODULES[name]), set(), name)
+        self.assertIn("checkpoint", siblings(MODULES["run"]))  # this test sees imports at all
+
+    def test_trainer_needs_at_most_six_siblings_theirs_included(self) -> None:
+        needed, new = set(), {"trainer"}
+        while new:
+            needed |= new
+            new = {name for module in new for name in siblings(MODULES[module])} - needed
+        self.assertLessEqual(needed - {"trainer"}, set(MODULES))
+        self.assertLessEqual(len(needed) - 1, 6, needed)
+
+    def test_the_package_imports_itself_relatively_and_otherwise_only_the_torch_stack(self) -> None:
+        for path in PACKAGE.glob("*.py"):
+            names = absolute_imports(path) - sys.stdlib_module_names
+            self.assertLessEqual(names, {"torch", "torchvision", "PIL", "numpy"}, path.name)
+
+    def test_scripts_never_import_each_other(self) -> None:
+        scripts = {path.stem: path for path in SCRIPTS.glob("*.py")}
+        for name, path in scripts.items():
+            self.assertEqual(absolute_imports(path) & ({*scripts, "scripts", "tests"} - {"profile"}), set(), name)
+
+    def test_the_package_touches_no_private_attribute_of_torch(self) -> None:
+        for path in PACKAGE.glob("*.py"):
+            own = set(re.findall(r"(?:def |class |self\.|^|cls\.)(_[a-z]\w*)", path.read_text(encoding="utf-8"), re.M))
+            for node in nodes_of(path):
+                names = [node.attr] if isinstance(node, ast.Attribute) else []
+                if isinstance(node, ast.ImportFrom) and not node.level:
+                    names = [part for part in f"{node.module}.{node.names[0].name}".split(".") if part != "__future__"]
+                private = {name for name in names if name.startswith("_") and not name.startswith("__")}
+                # `_metadata` is part of every state dict, `_orig_mod` of the names in one.
+                self.assertLessEqual(private - own, {"_orig_mod", "_metadata"}, f"{path.name}:{node!r}")
+
+
+class Copied(unittest.TestCase):
+    def test_a_copy_of_the_package_under_another_name_trains_saves_and_loads(self) -> None:
+        program = """
+            import sys, torch
+            import mylib
+            from mylib import distributed, data
+            images, labels = mylib.draw_digits(300)
+            loader = mylib.TensorLoader(images, labels, 50, shuffle=True)
+            model = mylib.SimpleNet()
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            trainer = mylib.Trainer(model, torch.nn.CrossEntropyLoss(), optimizer, checkpoint_dir="run")
+            history = trainer.fit(loader, loader, num_epochs=2, verbose=False)
+            assert history["train_loss"][1] < history["train_loss"][0] < 2.4, history
+            weights = mylib.load_checkpoint("run/best.pt")["model_state_dict"]
+            assert weights.keys() == model.state_dict().keys()
+            print(sorted({name.partition(".")[0] for name in sys.modules} & {"torchbasics", "torchvision", "PIL"}))
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(PACKAGE, Path(folder, "mylib"), ignore=shutil.ignore_patterns("__pycache__"))
+            self.assertEqual(run_python(program, folder), "[]\n")  # neither ours nor the slow ones were imported
+
+    def test_a_module_copied_as_a_single_file_is_imported_without_the_package(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ALONE:
+                shutil.copy(MODULES[name], Path(folder, f"my_{name}.py"))
+            modules = ", ".join(f"my_{name}" for name in ALONE)
+            code = f"import sys, {modules}\nprint('torchbasics' in sys.modules)"
+            self.assertEqual(run_python(code, folder), "False\n")
+
+    def test_a_script_named_profile_does_not_break_the_profiler_of_python(self) -> None:
+        code = "import cProfile, profile\ncProfile.run('1 + 1')\nprint(profile.__name__, profile.Profile.__name__)"
+        with tempfile.TemporaryDirectory() as folder:
+            printed = run_python(code, folder, path=SCRIPTS)
+        self.assertIn("function calls", printed)
+        self.assertEqual(printed.splitlines()[-1], "profile Profile")
+
+
+class Names(unittest.TestCase):
+    def test_every_name_of_the_library_can_be_imported(self) -> None:
+        for name in NAMES:
+            self.assertTrue(callable(getattr(tb, name)), name)
+        self.assertRegex(tb.__version__, r"^\d+\.\d+\.\d+")
+        self.assertRaises(AttributeError, lambda: tb.NoSuchName)
+
+
+if __name__ == "__main__":
+    unittest.main()
