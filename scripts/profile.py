@@ -295,7 +295,7 @@ def estimate(work: Work, inputs: Tensor, size: int) -> dict[str, int]:
     """Return the parts of MemoryTracker's estimate, in bytes, for a batch of `size` samples like `inputs`."""
     shape = (size, *inputs.shape[1:])
     with autocast(work.device, work.precision):
-        return tb.MemoryTracker.estimate_model_memory(work.model, work.optimizer, shape, dtype=inputs.dtype)
+        return tb.MemoryTracker.estimate_model_memory(work.model, work.optimizer, shape, dtype=inputs.dtype, max_batch_size=2**30)
 
 
 def estimate_checkpointed(work: Work, inputs: Tensor) -> int:
@@ -393,7 +393,7 @@ def profile_memory(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Te
     try:
         with autocast(work.device, work.precision):
             shape = tuple(inputs.shape[1:])
-            fits = tb.MemoryTracker.find_batch_size(work.model, work.optimizer, shape, dtype=inputs.dtype)
+            fits = tb.MemoryTracker.find_batch_size(work.model, work.optimizer, shape, dtype=inputs.dtype, max_batch_size=2**30)
         print(f"by this estimate a batch of {fits:,} still fits into 90% of the available memory")
     except ValueError as error:  # no figure on this system
         print(f"batch size that fits: {error}")

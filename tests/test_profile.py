@@ -1,0 +1,395 @@
+"""scripts/profile.py: it hides no standard module; its times by a clock of our own, its rules and figures by hand."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import importlib.util
+import io
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+import zipfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import torchbasics as tb
+from tests.common import SCRIPTS, load_script, run_main
+
+CPU = torch.device("cpu")
+script = load_script("profile")
+
+
+def setUpModule() -> None:
+    unittest.addModuleCleanup(torch.set_num_threads, torch.get_num_threads())
+    torch.set_num_threads(1)
+
+
+class InFolder(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+
+BESIDE = '''
+import sys
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class Numbers(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        import cProfile, profile
+        return torch.tensor(float(hasattr(profile, "run") and hasattr(cProfile, "run")))
+
+
+def main():
+    import torch.distributed.checkpoint  # noqa
+    torch.optim.AdamW([torch.ones(1, requires_grad=True)]).step()
+    batches = list(DataLoader(Numbers(), batch_size=2, num_workers=1, multiprocessing_context="spawn"))
+    print(torch.cat(batches).sum().item(), sys.modules["profile"].__file__ if "profile" in sys.modules else "")
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+class StandardModule(InFolder):
+    """Whoever imports `profile` beside this script gets the standard module."""
+
+    def run_python(self, *command: str) -> str:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, *command], cwd=self.folder, env=env, capture_output=True, text=True, timeout=180
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout
+
+    def test_cprofile_runs_with_scripts_first_on_the_path_and_torch_is_not_loaded(self) -> None:
+        code = (
+            f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import cProfile, profile; cProfile.run('1+1'); "
+            "profile.run('1+1'); print(profile.__file__, profile.__name__, 'torch' in sys.modules)"
+        )
+        out = self.run_python("-c", code)
+        self.assertIn("function calls", out)
+        path, *rest = out.split("\n")[-2].split()
+        self.assertEqual((Path(path).name, rest), ("profile.py", ["profile", "False"]))
+        self.assertNotEqual(Path(path).parent, SCRIPTS)
+
+    def test_a_script_beside_a_copy_can_train_and_spawn_workers(self) -> None:
+        shutil.copy(SCRIPTS / "profile.py", self.folder)
+        (self.folder / "beside.py").write_text(BESIDE, encoding="utf-8")
+        out = self.run_python(str(self.folder / "beside.py"))
+        self.assertTrue(out.startswith("4.0"), out)
+        self.assertNotIn(str(self.folder), out)
+
+    def test_a_standard_library_in_a_zip_is_found_and_a_missing_module_is_an_error(self) -> None:
+        def load() -> None:
+            spec = importlib.util.spec_from_file_location("profile", SCRIPTS / "profile.py")
+            assert spec is not None and spec.loader is not None
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+        archive = self.folder / "python.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("profile.py", "origin = 'zip'")
+        with mock.patch("sysconfig.get_path", return_value=str(self.folder)), mock.patch.dict(sys.modules):
+            with mock.patch.object(sys, "path", [str(SCRIPTS), str(archive)]):
+                load()
+                self.assertEqual(sys.modules["profile"].origin, "zip")
+            with mock.patch.object(sys, "path", [str(SCRIPTS)]), self.assertRaises(ModuleNotFoundError):
+                load()
+
+
+class Verdict(unittest.TestCase):
+    def verdict(self, data: float = 0.0, transfer: float = 0.0, **changes: Any) -> tuple[str, str, str]:
+        """Return the verdict on a step of 1 s, which half the batch makes in 0.5 s."""
+        split = {"data": data, "transfer": transfer, "step": 1.0}
+        measured = {"step": 1.0, "step_without_loading": 1.0, "step_of_half": 0.5, "products": 0.6, "split": split}
+        settings = {"precision": "fp32", "bf16_is_native": False, "compile": None, "batch_size": 32}
+        for name, value in changes.items():
+            (settings if name in settings else measured)[name] = value
+        return script.verdict(measured, settings)
+
+    def test_each_rule_and_its_border(self) -> None:
+        for expected, changes in (
+            ("compute", {}),
+            ("compute", {"products": 0.5}),
+            ("memory-bound", {"products": 0.49}),
+            ("loader", {"step_without_loading": 0.75, "data": 0.15, "transfer": 0.1}),
+            ("transfer", {"step_without_loading": 0.75, "data": 0.1, "transfer": 0.15}),
+            ("compute", {"step_without_loading": 0.76, "data": 0.5}),
+            ("compute", {"step_without_loading": 0.7, "data": 0.2}),  # a busy machine, not the data
+            ("loader", {"step_without_loading": 0.5, "data": 0.5, "step_of_half": 0.5}),
+            ("overhead", {"step_of_half": 0.8}),
+            ("compute", {"step_of_half": 0.79}),
+            ("compute", {"step_of_half": None}),
+        ):
+            with self.subTest(changes):
+                self.assertEqual(self.verdict(**changes)[0], expected)
+
+    def test_the_figure_and_the_change_fit_the_case(self) -> None:
+        for changes, figure, change, absent in (
+            ({"step_without_loading": 0.3, "data": 0.9}, "300.00 ms instead of 1000.00 ms", "num_workers", "pin"),
+            ({"step_without_loading": 0.3, "transfer": 0.9}, "instead of", "pin_memory", "num_workers"),
+            ({"step_of_half": 0.9}, "half the batch takes 90%", "--batch-size 64", "bf16"),
+            ({"step_of_half": 0.9, "compile": ["default"]}, "90%", "--batch-size 64", "--compile"),
+            ({"bf16_is_native": True}, "60%", "--precision bf16", "--compile"),
+            ({"bf16_is_native": True, "precision": "bf16"}, "60%", "smaller model", "--precision"),
+            ({"products": 0.2}, "20%", "--compile", "bf16"),
+        ):
+            with self.subTest(changes):
+                _, found, advice = self.verdict(**changes)
+                self.assertIn(figure, found)
+                self.assertIn(change, advice)
+                self.assertNotIn(absent, advice)
+
+
+class Clock:
+    """A clock that moves only when told, so that every time is known beforehand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Slow(nn.Module):
+    """A layer that takes `seconds` of the clock in forward, and twice as long in backward."""
+
+    def __init__(self, clock: Clock, seconds: float, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.clock = clock
+        self.seconds = seconds
+        self.inner = inner or nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock.sleep(self.seconds)
+        out = self.inner(x)
+        out.register_hook(lambda _: self.clock.sleep(2 * self.seconds))
+        return out
+
+
+class Times(unittest.TestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        patch = mock.patch.object(script, "time", self.clock)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.batch = torch.zeros(3, 2), torch.tensor([0, 1, 0])
+
+    def slow_batches(self, seconds: float) -> Any:
+        while True:
+            self.clock.sleep(seconds)
+            yield self.batch
+
+    def test_a_step_is_split_into_its_phases(self) -> None:
+        work = script.make_work(Slow(self.clock, 0.01), self.batch, CPU, "fp32")
+        handle = work.optimizer.register_step_post_hook(lambda *_: self.clock.sleep(0.005))
+        self.addCleanup(handle.remove)
+        move = mock.patch.object(script, "to_device", side_effect=lambda batch, _: self.clock.sleep(0.003) or batch)
+        with move:
+            split = script.time_phases(work, self.slow_batches(0.04), 4)
+        expected = {"data": 0.04, "transfer": 0.003, "forward": 0.01, "backward": 0.02, "optimizer": 0.005}
+        for name, seconds in (expected | {"step": sum(expected.values())}).items():
+            self.assertAlmostEqual(split[name], seconds, places=9, msg=name)
+
+    def test_a_module_has_its_own_time_without_its_children(self) -> None:
+        inner = Slow(self.clock, 0.5)
+        model = Slow(self.clock, 0.25, nn.Sequential(inner, inner))  # the same layer twice
+        work = script.make_work(model, self.batch, CPU, "fp32")
+        seconds, step = script.time_modules(work, self.batch, 3)
+        expected = {"": 0.25, "inner": 0.0, "inner.0": 1.0, "inner.0.inner": 0.0}
+        self.assertEqual({name: round(value, 9) for name, value in seconds.items()}, expected)
+        self.assertAlmostEqual(step, 3 * 1.25)  # backward included
+        self.assertFalse([module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks])
+
+    def test_repeats_come_after_a_warm_up_and_their_spread_is_relative(self) -> None:
+        work = script.make_work(Slow(self.clock, 0.01), self.batch, CPU, "fp32")
+        times = script.time_repeats(work, self.slow_batches(0.07), 2)
+        self.assertEqual([round(t, 9) for t in times], [0.1] * 3)
+        self.assertAlmostEqual(self.clock.now, 1000 + 0.1 * (script.WARMUP + 3 * 2))
+        self.assertAlmostEqual(script.spread([1.0, 1.3, 1.1]), 0.3)
+
+    def test_the_device_is_waited_for_after_each_phase_but_only_around_unsynchronised_steps(self) -> None:
+        work = script.make_work(nn.Linear(2, 2), self.batch, CPU, "fp32")
+        with mock.patch.object(script, "synchronize") as synchronize:
+            script.time_steps(work, itertools.repeat(self.batch), 5)
+            self.assertEqual(synchronize.call_count, 2)
+            script.time_phases(work, itertools.repeat(self.batch), 5)
+            self.assertEqual(synchronize.call_count, 2 + 1 + 5 * (len(script.PHASES) + 1))
+
+
+class Memory(unittest.TestCase):
+    def images(self, size: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(size, 1, 28, 28, generator=generator), torch.arange(size) % 10
+
+    def test_blocks_are_the_children_with_layers(self) -> None:
+        model = tb.MNISTNet()
+        self.assertEqual(script.blocks(model), [model.block1, model.block2, model.classifier])
+        layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3))
+        self.assertEqual(script.blocks(nn.ModuleDict({"stem": nn.Linear(2, 2), "layers": layers})), list(layers))
+        flat = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        self.assertEqual(script.blocks(flat), [flat])
+
+    def test_checkpointing_saves_memory_and_keeps_the_gradients_with_dropout_and_batchnorm(self) -> None:
+        batch = self.images(16)
+        work = script.make_work(tb.MNISTNet(dropout=0.3), batch, CPU, "fp32")
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = script.compare_checkpointing(work, argparse.Namespace(steps=1), batch)
+        self.assertEqual(found["gradients"], 0.0)
+        self.assertLess(found["peak"][1], 0.95 * found["peak"][0])
+
+    def test_the_gradients_of_two_halves_are_those_of_the_batch_and_of_plain_pytorch(self) -> None:
+        batch = self.images(8)
+        model = tb.SimpleNet()
+        expected = torch.autograd.grad(nn.functional.cross_entropy(model(batch[0]), batch[1]), list(model.parameters()))
+        work = script.make_work(model, batch, CPU, "fp32")
+        for parts in (1, 2):
+            measured = script.measure(work, batch, 1, accumulate=parts)
+            self.assertLess(script.difference(measured.gradients, list(expected)), 1e-5)
+        doubled = [2 * gradient for gradient in expected]
+        self.assertAlmostEqual(script.difference(doubled, list(expected)), 1.0)
+
+    def test_each_option_has_an_estimate_near_the_measured_peak(self) -> None:
+        batch = self.images(32)
+        work = script.make_work(tb.CNN(dropout=0.0), batch, CPU, "fp32")
+        args = argparse.Namespace(steps=1, model="cnn")
+        rows = script.memory_options(work, args, batch)
+        names = [row["option"] for row in rows]
+        self.assertEqual(names[1:3], ["half the batch, --accumulate 2", "--precision bf16"])
+        self.assertEqual(names[3:5], ["images of 12 x 12", "activation checkpointing"])
+        self.assertEqual(names[5:], ["2 processes, DDP", "2 processes, FSDP"])
+        for row in rows[:5]:
+            self.assertLess(abs(row["estimate"] / row["peak"] - 1), 0.4, row)
+        self.assertLess(rows[1]["peak"], rows[0]["peak"])
+        self.assertLess(rows[3]["estimate"], rows[0]["estimate"])
+        parameters = 4 * tb.count_parameters(work.model)  # bytes; as much again for gradients, twice for AdamW
+        sharded = rows[5]["estimate"] - rows[6]["estimate"]  # half of these four
+        self.assertLess(abs(sharded - 2 * parameters), 1000)
+
+
+MINE = '''
+import torch
+from torch import nn
+
+
+def model():
+    return nn.Linear(4, 2)
+
+
+def batches():
+    return [(torch.ones(6, 4), torch.arange(6) % 2)]
+
+
+def numbers():
+    return [3]
+'''
+
+
+class Command(InFolder):
+    def setUp(self) -> None:
+        super().setUp()
+        before = os.getcwd()
+        self.addCleanup(os.chdir, before)
+        os.chdir(self.folder)
+        for patch in (mock.patch.object(sys, "path", [*sys.path]), mock.patch.dict(sys.modules)):
+            patch.start()
+            self.addCleanup(patch.stop)
+        (self.folder / "mine_of_this_test.py").write_text(MINE, encoding="utf-8")
+
+    def profile(self, *argv: str) -> tuple[int, str, str]:
+        def main(argv: list[str]) -> int:
+            return script.cli.run(script.main, argv)
+
+        return run_main(main, "--device", "cpu", "--precision", "fp32", "--steps", "2", *argv)
+
+    def test_report_and_trace_of_simplenet(self) -> None:
+        code, out, errors = self.profile("--model", "simplenet", "--batch-size", "16", "--output", "here")
+        self.assertEqual((code, errors), (0, ""))
+        self.assertRegex(out.splitlines()[1], r"^bound by: (loader|transfer|overhead|compute|memory-bound): ")
+        self.assertIn("files: here: run.json, trace.json.gz", out)
+        found = json.loads(Path("here/run.json").read_text(encoding="utf-8"))
+        split = found["split"]
+        self.assertLessEqual(sum(split[name] for name in script.PHASES), split["step"])
+        self.assertLess(sum(row["seconds"] for row in found["modules"]), found["step_with_hooks"])
+        sizes = {row["module"]: row["parameters"] for row in found["modules"] if row["parameters"]}
+        self.assertEqual(list(sizes.values()), [784 * 128 + 128, 128 * 64 + 64, 64 * 10 + 10])
+        calls = {row["operator"]: row["calls"] for row in found["operators"]}
+        self.assertEqual(calls["aten::addmm"], 3)  # one per Linear layer
+        with gzip.open("here/trace.json.gz", "rt", encoding="utf-8") as file:
+            names = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
+        for phase in script.PHASES:
+            self.assertEqual(names.count(f"step.{phase}"), script.TRACED)
+
+    def test_memory_of_your_own_model_and_batches(self) -> None:
+        mine = ["--model", "mine_of_this_test:model", "--loader", "mine_of_this_test:batches", "--memory"]
+        code, out, errors = self.profile(*mine)
+        self.assertEqual((code, errors), (0, ""))
+        self.assertIn("mine_of_this_test:model on mine_of_this_test:batches; batches of 6; fp32", out)
+        for text in ("in use", "still fits", "half the batch, --accumulate 2", "2 processes, FSDP", "del view"):
+            self.assertIn(text, out)
+        [path] = Path("runs").glob("profile-*/run.json")
+        estimate = json.loads(path.read_text(encoding="utf-8"))["memory"]["estimate"]
+        self.assertEqual((estimate["parameters"], estimate["inputs"]), (4 * (4 * 2 + 2), 4 * 6 * 4))
+
+    def test_compile_modes_are_compared_with_none(self) -> None:
+        with mock.patch.object(nn.Module, "compile") as compiled:
+            code, out, _ = self.profile("--model", "simplenet", "--batch-size", "4", "--output", "here", "--compile",
+                                        "default", "max-autotune")  # fmt: skip
+        self.assertEqual(code, 0)
+        self.assertEqual(compiled.mock_calls, [mock.call(mode="default"), mock.call(mode="max-autotune")])
+        table = out[out.index("first step ms") :].splitlines()[1:4]
+        self.assertEqual([row.rsplit(None, 2)[0] for row in table], ["not compiled", "default", "max-autotune"])
+
+    def test_repeats_that_spread_by_more_than_30_percent_mean_a_busy_machine(self) -> None:
+        for slowest, busy in ((1.29, False), (1.31, True)):
+            with mock.patch.object(script, "time_repeats", return_value=[1.0, 1.1, slowest]):
+                mine = ["--model", "mine_of_this_test:model", "--loader", "mine_of_this_test:batches"]
+                _, out, _ = self.profile(*mine, "--output", f"{slowest}")
+            self.assertEqual("the machine is busy: one pass took 31% longer" in out, busy)
+
+    def test_bad_input_gets_one_line(self) -> None:
+        Path("used").mkdir()
+        Path("used/file").touch()
+        mine = "mine_of_this_test"
+        for text, argv in (
+            ("--model nope: expected ", ["--model", "nope"]),
+            ("No module named 'nope_x'", ["--model", "nope_x:y"]),
+            ("has no attribute 'y'", ["--model", f"{mine}:y"]),
+            ("expected a torch.nn.Module, got list", ["--model", f"{mine}:batches"]),
+            ("a batch must be two tensors", ["--model", f"{mine}:model", "--loader", f"{mine}:numbers"]),
+            ("the loader gave no batch", ["--model", "simplenet", "--loader", "builtins:list"]),
+            ("used exists", ["--model", "simplenet", "--batch-size", "2", "--output", "used"]),
+            ("expected a whole number from 1", ["--steps", "0"]),
+            ("mlp takes channels and two equal sides", ["--model", "mlp", "--input-shape", "3,32,64"]),
+            ("--compile does not go with", ["--compile", "--checkpoint-activations"]),
+        ):
+            with self.subTest(argv):
+                code, _, errors = self.profile(*argv)
+                self.assertEqual((code, errors.count("\n")), (2, 1), errors)
+                self.assertIn(text, errors)
+        self.assertEqual(sorted(path.name for path in Path().iterdir() if path.suffix != ".py"), ["__pycache__", "used"])
+
+
+if __name__ == "__main__":
+    unittest.main()
