@@ -295,7 +295,7 @@ def estimate(work: Work, inputs: Tensor, size: int) -> dict[str, int]:
     """Return the parts of MemoryTracker's estimate, in bytes, for a batch of `size` samples like `inputs`."""
     shape = (size, *inputs.shape[1:])
     with autocast(work.device, work.precision):
-        return tb.MemoryTracker.estimate_model_memory(work.model, work.optimizer, shape, dtype=inputs.dtype, max_batch_size=2**30)
+        return tb.MemoryTracker.estimate_model_memory(work.model, work.optimizer, shape, dtype=inputs.dtype)
 
 
 def estimate_checkpointed(work: Work, inputs: Tensor) -> int:
@@ -324,36 +324,36 @@ def memory_options(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Te
     size = len(inputs)
     parts = estimate(work, inputs, size)
     base = measure(work, batch, args.steps)
-    options: list[tuple[str, int, Measured | None]] = [("as it is", parts["total"], base)]
+    rows: list[dict[str, Any]] = []
+
+    def add(option: str, expected: int, found: Measured | None, same_images: bool = True) -> None:
+        row: dict[str, Any] = {"option": option, "estimate": expected, "peak": None, "seconds": None, "gradients": None}
+        if found is not None:
+            row |= {"peak": found.peak, "seconds": found.seconds}
+            row["gradients"] = difference(found.gradients, base.gradients) if same_images else None
+        rows.append(row)
+
+    add("as it is", parts["total"], base)
     if size % 2 == 0:
         halves = measure(work, batch, args.steps, accumulate=2)
-        options.append(("half the batch, --accumulate 2", estimate(work, inputs, size // 2)["total"], halves))
+        add("half the batch, --accumulate 2", estimate(work, inputs, size // 2)["total"], halves)
     if work.precision == "fp32":
         low = work._replace(precision="bf16")
-        options.append(("--precision bf16", estimate(low, inputs, size)["total"], measure(low, batch, args.steps)))
+        add("--precision bf16", estimate(low, inputs, size)["total"], measure(low, batch, args.steps))
     if inputs.dim() == 4:
         side = max(inputs.shape[-1] // 8, 1) * 4  # about half; our models want a multiple of 4
         images = nn.functional.interpolate(inputs, (side, side))  # (B, C, side, side)
         try:
-            model = load_model(args, tuple(images.shape[1:])).to(work.device)
-            small = make_work(model, batch, work.device, work.precision)
+            small = make_work(load_model(args, tuple(images.shape[1:])), batch, work.device, work.precision)
             found = measure(small, (images, targets), args.steps)
-            options.append((f"images of {side} x {side}", estimate(small, images, size)["total"], found))
+            add(f"images of {side} x {side}", estimate(small, images, size)["total"], found, same_images=False)
         except (RuntimeError, ValueError) as error:
             print(f"images of {side} x {side} do not go through this model: {cli.printable(error)[:100]}")
-    found = measure(work._replace(model=checkpoint_activations(copy.deepcopy(work.model))), batch, args.steps)
-    options.append(("activation checkpointing", estimate_checkpointed(work, inputs), found))
-    per_batch = parts["inputs"] + parts["activations"] + parts["temporary"]
-    options.append(("2 processes, DDP", parts["total"] - per_batch // 2, None))
-    options.append(("2 processes, FSDP", parts["total"] - (parts["total"] - parts["buffers"]) // 2, None))
-    rows = []
-    for option, expected, one in options:
-        row: dict[str, Any] = {"option": option, "estimate": expected, "peak": None, "seconds": None, "gradients": None}
-        if one is not None:
-            row |= {"peak": one.peak, "seconds": one.seconds}
-            if [g.shape for g in one.gradients] == [g.shape for g in base.gradients]:
-                row["gradients"] = difference(one.gradients, base.gradients)
-        rows.append(row)
+    checkpointed = work._replace(model=checkpoint_activations(copy.deepcopy(work.model)))
+    add("activation checkpointing", estimate_checkpointed(work, inputs), measure(checkpointed, batch, args.steps))
+    of_batch = parts["inputs"] + parts["activations"] + parts["temporary"]
+    add("2 processes, DDP", parts["total"] - of_batch // 2, None)
+    add("2 processes, FSDP", parts["total"] - (parts["total"] - parts["buffers"]) // 2, None)
     return rows
 
 
@@ -392,11 +392,12 @@ def profile_memory(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Te
     fits = None
     try:
         with autocast(work.device, work.precision):
-            shape = tuple(inputs.shape[1:])
-            fits = tb.MemoryTracker.find_batch_size(work.model, work.optimizer, shape, dtype=inputs.dtype, max_batch_size=2**30)
+            fits = tb.MemoryTracker.find_batch_size(
+                work.model, work.optimizer, tuple(inputs.shape[1:]), dtype=inputs.dtype, max_batch_size=2**30
+            )
         print(f"by this estimate a batch of {fits:,} still fits into 90% of the available memory")
-    except ValueError as error:  # no figure on this system
-        print(f"batch size that fits: {error}")
+    except ValueError as error:  # not even one sample, or this system does not tell what is available
+        print(f"the batch size that fits: {error}")
     rows = memory_options(work, args, batch)
     print("\nwhat saves memory, in the order to try it    estimate  peak MiB   ms a step  gradients differ by")
     for row in rows:

@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     loaders, facts, notice = make_loaders(args, device)
     train_loader, val_loader, test_loader = loaders
     facts |= {"model": args.model, "dropout": args.dropout}
-    model = tb.make_model(facts).to(device, memory_format=torch.channels_last)
+    model = tb.make_model(facts).to(device).to(memory_format=torch.channels_last)
     if args.init_from and not args.resume:
         load_initial_weights(model, args.init_from)
     averages = tb.averaged_copy(model, args.ema) if args.ema else None
@@ -311,7 +311,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
         except tb.Interrupted:
-            print(f"continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}", file=sys.stderr)
+            if not args.dry_run:
+                print(f"continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}", file=sys.stderr)
             raise
         seconds = time.monotonic() - started
         result = judge(args, trainer, run.checkpoints / "best.pt", test_loader)

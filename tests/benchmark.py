@@ -127,11 +127,13 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def call(command: Sequence[Any], codes: Sequence[int] = (0,), **env: str) -> subprocess.CompletedProcess:
+def call(
+    command: Sequence[Any], env: dict[str, str] | None = None, codes: Sequence[int] = (0,)
+) -> subprocess.CompletedProcess:
     """Run a process to its end. RuntimeError unless its exit code is one of `codes`."""
     words = [str(word) for word in command]
     done = subprocess.run(
-        words, cwd=ROOT, env=os.environ | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        words, cwd=ROOT, env=os.environ | (env or {}), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     if done.returncode not in codes:
         last = (done.stderr.strip() or "no error message").splitlines()[-1]
@@ -146,13 +148,13 @@ def fresh(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def train(
-    setting: Setting, *args: Any, script: str = "train_mnist.py", launcher: Sequence[str] = (), **env: str
+    setting: Setting, *args: Any, script: str = "train_mnist.py", launcher: Sequence[str] = (), env: Any = None
 ) -> dict[str, Any]:
     """Train by a script in a new process; return its result, with the seconds of the process and what it printed."""
     output = Path(tempfile.mkdtemp(dir=setting.folder)) / "run"
     began = time.perf_counter()
     command = [sys.executable, *launcher, ROOT / "scripts" / script, "--data-dir", setting.data_dir]
-    table = call([*command, "--output", output, *args], **env).stdout
+    table = call([*command, "--output", output, *args], env).stdout
     seconds = time.perf_counter() - began
     result = json.loads((output / "run.json").read_text(encoding="utf-8"))["result"]
     return result | {"process_seconds": seconds, "table": table, "best": output / "checkpoints" / "best.pt"}
@@ -192,7 +194,7 @@ def import_time(setting: Setting) -> Iterator[Row]:
         "import torchbasics; torchbasics.Trainer, torchbasics.TensorLoader; print(time.perf_counter() - began, alone)"
     )
     command = [sys.executable, "-c", code]
-    call(command, PYTHONDONTWRITEBYTECODE="")  # compile it, as an installed package is
+    call(command, {"PYTHONDONTWRITEBYTECODE": ""})  # compile it, as an installed package is
     texts = [call(command).stdout for _ in range(setting.pick(21, 2))]
     both, alone = zip(*(map(float, text.split()) for text in texts), strict=True)
     yield Row("import", "import torch and torchbasics", "import torch", both, alone)
@@ -503,14 +505,14 @@ def save(setting: Setting) -> Iterator[Row]:
 
 def ddp(setting: Setting) -> Iterator[Row]:
     """Seconds per image of the second epoch, with its validation. Each process gets half of the cores."""
-    threads = str(max(1, core_count() // 2))
+    env = {"OMP_NUM_THREADS": str(max(1, core_count() // 2))}
     common = ("--dataset", "mnist" if setting.has_mnist else "digits", "--epochs", 2, "--device", "cpu")
 
     def per_image(processes: int, batch_size: int) -> float:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}") if processes else ()
         args = (*common, "--batch-size", batch_size, "--limit-batches", setting.pick(19_200, 1024) // batch_size)
         script = "train_ddp.py" if processes else "train_mnist.py"
-        table = train(setting, *args, script=script, launcher=launcher, OMP_NUM_THREADS=threads)["table"]
+        table = train(setting, *args, script=script, launcher=launcher, env=env)["table"]
         rates = re.findall(r" ([\d,]+) +[\d.]+(?: best)?$", table, re.MULTILINE)  # samples/s, before the seconds
         return 1 / float(rates[-1].replace(",", ""))
 
@@ -530,7 +532,7 @@ def inference(setting: Setting) -> Iterator[Row]:
     formats = ("pt2", "onnx") if setting.quick else ("all",)
     done = call([*command, "--output", setting.folder / "exported", "--format", *formats], codes=(0, 1, 3))
     # Rows of its table begin with a name and two numbers (MB, difference), and end with the milliseconds of a call.
-    calls = re.findall(r"^([a-z][\w-]*) +[\d.]+ +[-\d.e]+ .* ([\d.]+)$", done.stdout, re.MULTILINE)
+    calls = re.findall(r"^([a-z][\w-]*) +[\d.]+ +[-+\d.e]+ .* ([\d.]+)$", done.stdout, re.MULTILINE)
     seconds = {name: float(milliseconds) / 1000 for name, milliseconds in calls}
     eager = seconds.pop("model")
     for name, value in seconds.items():

@@ -16,8 +16,8 @@ import json
 import mmap
 import os
 import random
+import re
 import signal
-import struct
 import sys
 import time
 import traceback
@@ -31,7 +31,7 @@ import torch._dynamo  # every run imports it: once here, not in each child
 from torch import Tensor
 
 import torchbasics as tb
-from tests.common import ROOT, load_script
+from tests.common import load_script
 from torchbasics import checkpoint, cli
 from torchbasics.checkpoint import saved_steps
 from torchbasics.data import Images, Splits
@@ -41,10 +41,11 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 HUNG = 999  # the exit code of a child that was ended because it took too long
 
 # 224 training images make 7 batches an epoch.
-SMALL = (
+SAVED_PER_EPOCH = (
     *("--dataset", "digits", "--model", "simplenet", "--epochs", "2", "--batch-size", "32", "--limit-batches", "7"),
-    *("--precision", "fp32", "--save-every", "2", "--device", "cpu", "--quiet"),
+    *("--precision", "fp32", "--device", "cpu", "--quiet"),
 )
+SMALL = (*SAVED_PER_EPOCH, "--save-every", "2")
 STEPS = 14
 Hook = Callable[[tb.Trainer], Any]
 
@@ -53,8 +54,8 @@ def draw_splits() -> Splits:
     """Return few drawn digits, in the form in which `load_splits` returns 70,000."""
     inputs, targets = tb.draw_digits(352)
     classes = tuple("0123456789")
-    parts = [Images(inputs[part], targets[part], classes) for part in (slice(224), slice(224, 288), slice(288, 352))]
-    return Splits(*parts, "digits", "")
+    parts = (slice(224), slice(224, 288), slice(288, 352))
+    return Splits(*(Images(inputs[part], targets[part], classes) for part in parts), "digits", "")
 
 
 SPLITS = draw_splits()
@@ -100,32 +101,26 @@ class Row:
 
 
 class Child:
-    """A forked process that leads a process group. `out` and `err` are what it has printed."""
+    """A forked process that leads a process group. `err` is what it printed on stderr, once it has ended."""
 
     def __init__(self, pid: int, log: Path) -> None:
         self.pid = pid
         self.log = log
         self.code: int | None = None
+        self.err = ""
         self.began = time.monotonic()
-
-    @property
-    def out(self) -> str:
-        return self.printed(".out")
-
-    @property
-    def err(self) -> str:
-        return self.printed(".err")
-
-    def printed(self, ending: str) -> str:
-        path = self.log.with_suffix(ending)
-        return path.read_text(errors="backslashreplace") if path.exists() else ""  # killed before it was made
 
     def poll(self) -> int | None:
         """Return the exit code, minus the signal that killed it; None while it runs."""
         if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
+            if pid:
+                self.end(os.waitstatus_to_exitcode(status))
         return self.code
+
+    def end(self, code: int) -> None:
+        path = self.log.with_suffix(".err")  # it may have been killed before it made it
+        self.code, self.err = code, path.read_text(errors="backslashreplace") if path.exists() else ""
 
     def wait(self, limit: float = 60.0) -> int:
         """Return the exit code. After `limit` seconds let the child print where it is, end it, and return HUNG."""
@@ -136,7 +131,7 @@ class Child:
                 time.sleep(0.5)
                 self.kill_group()
                 os.waitpid(self.pid, 0)
-                self.code = HUNG
+                self.end(HUNG)
                 break
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
@@ -152,7 +147,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def left_behind(self, within: float = 5.0) -> str:
+    def left_behind(self, within: float = 12.0) -> str:
         """Wait for the end of the whole group; return a problem if some process outlives `within` seconds."""
         deadline = time.monotonic() + within
         while True:
@@ -190,9 +185,7 @@ def start(work: Callable[[], int | None], log: Path, **environment: str) -> Chil
         if os.getppid() != parent:
             os._exit(71)
         for number, ending in ((1, ".out"), (2, ".err")):
-            descriptor = os.open(log.with_suffix(ending), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.dup2(descriptor, number)
-            os.close(descriptor)
+            os.dup2(os.open(log.with_suffix(ending), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "utf-8", write_through=True)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -219,19 +212,9 @@ def end_children() -> list[str]:
     return problems
 
 
-class Shared:
-    """A number that a child writes and this process reads, whatever becomes of the child."""
-
-    def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, 8)
-
-    @property
-    def value(self) -> int:
-        return struct.unpack("q", self.memory[:8])[0]
-
-    @value.setter
-    def value(self, number: int) -> None:
-        self.memory[:8] = struct.pack("q", number)
+def shared_number() -> ctypes.c_int64:
+    """Return a number, 0, whose `value` a child writes and this process reads, whatever becomes of the child."""
+    return ctypes.c_int64.from_buffer(mmap.mmap(-1, 8))
 
 
 def run_script(name: str, argv: list[str]) -> int:
@@ -262,7 +245,7 @@ def training(
     return work
 
 
-def at_step(step: int, action: Callable[[], Any], reached: Shared | None = None) -> Hook:
+def at_step(step: int, action: Callable[[], Any], reached: ctypes.c_int64 | None = None) -> Hook:
     """Return a hook that calls `action` after `step`, before its save; `reached` follows the steps."""
 
     def hook(trainer: tb.Trainer) -> None:
@@ -284,16 +267,18 @@ def send_self(signum: int = signal.SIGKILL, times: int = 1) -> Callable[[], None
     return send
 
 
-def refusal_problems(child: Child, *words: str, code: int) -> list[str]:
-    """Return what is wrong with an exit: expected are `code` and one line `error: …` with all `words`, no traceback."""
-    lines = [line for line in child.err.splitlines() if line]
-    errors = [line for line in lines if line.startswith("error: ")]
-    problems = []
-    if child.code != code:
-        problems.append(f"exit code {child.code}, expected {code}: {child.err[-300:]!r}")
-    if len(errors) != 1 or any(not line.startswith(("error: ", "warning: ")) for line in lines):
-        problems.append(f"expected one line, got {child.err[-300:]!r}")
-    return problems + [f"{word!r} is not in {errors[0]!r}" for word in words if errors and word not in errors[0]]
+def exit_problems(child: Child, *codes: int) -> list[str]:
+    """Wait for a child; return a problem unless its exit code is one of `codes` and it printed no traceback."""
+    if child.wait() in codes and "Traceback" not in child.err:
+        return []
+    return [f"exit code {child.code}, expected {' or '.join(map(str, codes))}: {child.err[-400:]!r}"]
+
+
+def refusal_problems(child: Child, code: int, *words: str) -> list[str]:
+    """Wait for a child; return problems unless it ended with `code` and one line `error: …` that has all `words`."""
+    problems = exit_problems(child, code)
+    right = re.fullmatch(r"(warning: .*\n)*error: .*\n", child.err) and all(word in child.err for word in words)
+    return problems + [f"printed {child.err[-400:]!r}, expected one line with {words}"] * (not right)
 
 
 def flat(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
@@ -333,39 +318,42 @@ def differences(run: Path, expected: dict[str, str]) -> list[str]:
     return [f"{len(places)} values differ: {', '.join(places[:3])}"] if places else []
 
 
+_undisturbed: dict[Any, tuple[dict[str, str], float]] = {}
+
+
 def undisturbed(row: Row, *argv: Any, work: Callable[[Path], Any] | None = None) -> tuple[dict[str, str], float]:
-    """Return the leavings of the undisturbed run with these options, and its seconds."""
-    run = row.new("undisturbed")
-    child = start(work(run) if work else training(*argv, "--output", run), run)
-    if child.wait() or child.err:
-        raise RuntimeError(f"the undisturbed run failed: {child.err}")
-    return leavings(run), time.monotonic() - child.began
+    """Return the leavings of the undisturbed run with these options (or of `work`), and its seconds."""
+    if (argv, work) not in _undisturbed:
+        run = row.new("undisturbed")
+        child = start(work(run) if work else training(*argv, "--output", run), run)
+        if child.wait() or child.err:
+            raise RuntimeError(f"the undisturbed run failed: {child.err}")
+        _undisturbed[argv, work] = leavings(run), time.monotonic() - child.began
+    return _undisturbed[argv, work]
 
 
-def continued(run: Path, *argv: Any) -> tuple[Path, list[str]]:
+def resume_problems(run: Path, expected: dict[str, str], *argv: Any) -> list[str]:
     """Do what a user does after a kill: `--resume`, or without a checkpoint start anew in another directory.
 
-    Return the directory of the finished run, and what went wrong.
+    Return what goes wrong, and in what the finished run differs from the undisturbed one.
     """
     options: tuple[Any, ...] = ("--resume", run)
     if not saved_steps(run / "checkpoints"):
         run = run.with_name(run.name + "-anew")
         options = (*argv, "--output", run)
     child = start(training(*options), run.with_name(run.name + "-continued"))
-    if child.wait() or child.err:
-        return run, [f"{options[0]}: exit code {child.code}: {child.err[-400:]!r}"]
-    return run, []
-
-
-def resume_problems(run: Path, expected: dict[str, str], *argv: Any) -> list[str]:
-    """Continue a disturbed run to its end; return in what it differs from the undisturbed one."""
-    run, problems = continued(run, *argv)
+    problems = exit_problems(child, 0) + [f"printed {child.err!r}"] * bool(child.err)
     return problems + differences(run, expected)
 
 
 def last_step(run: Path) -> int:
     """Return the step of the newest checkpoint, 0 without one."""
     return max((step for step, _ in saved_steps(run / "checkpoints")), default=0)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return the content of all files in a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def children_of(pid: int) -> list[int]:

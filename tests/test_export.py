@@ -1,0 +1,394 @@
+"""scripts/export.py: every file computes what the model computes, or is not kept; the lines that it prints run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib.util
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+import tempfile
+import types
+import unittest
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import torchbasics as tb
+from tests.common import load_script, run_main
+from torchbasics import cli
+
+script = load_script("export")
+MEAN, STD = (0.15,), (0.3,)
+HOME: Path  # holds best.pt, a checkpoint of MODEL
+MODEL: nn.Module
+INPUTS: Tensor  # (300, 1, 28, 28), what the script compares on
+TARGETS: Tensor
+ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+QUANTIZES = torch.backends.quantized.engine != "none" and importlib.util.find_spec("torch.ao.quantization") is not None
+
+
+def setUpModule() -> None:
+    """Train a small model on drawn digits in about a second, and save it."""
+    global HOME, MODEL, INPUTS, TARGETS
+    torch.set_num_threads(1)
+    HOME = Path(tempfile.mkdtemp())
+    unittest.addModuleCleanup(shutil.rmtree, HOME)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MODEL = tb.make_model({"model": "simplenet"})
+    loader = tb.TensorLoader(*tb.draw_digits(2000, seed=3), 50, shuffle=True, mean=MEAN, std=STD)
+    optimizer = torch.optim.Adam(MODEL.parameters(), lr=3e-3)
+    for _ in range(6):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(MODEL(inputs), targets).backward()
+            optimizer.step()
+    MODEL.eval().requires_grad_(False)
+    save(HOME / "best.pt")
+    drawn, TARGETS = tb.draw_digits(300, seed=1)
+    INPUTS = (drawn / 255 - MEAN[0]) / STD[0]
+    for name, value in {"DRAWN": 300, "CALIBRATION": 100}.items():
+        patch = mock.patch.object(script, name, value)
+        patch.start()
+        unittest.addModuleCleanup(patch.stop)
+
+
+def save(path: Path, **changes: Any) -> None:
+    metadata = {"model": "simplenet", "dropout": 0.2, "dataset": "digits", "classes": tuple("0123456789"),
+                "num_classes": 10, "in_channels": 1, "image_size": 28, "mean": MEAN, "std": STD}  # fmt: skip
+    tb.save_checkpoint({"model_state_dict": MODEL.state_dict(), "metadata": metadata | changes}, path)
+
+
+def run_here(lines: list[str], batches: list[Tensor], folder: Path) -> tuple[list[Tensor], float, float]:
+    """Run the four lines as `run_fresh` does, without the seconds of a new process."""
+    variables: dict[str, Any] = {}
+    outputs = []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec("\n".join(lines[:2]), variables)
+        for batch in batches:
+            variables["inputs"] = batch.numpy() if "onnxruntime" in variables else batch
+            exec(lines[3], variables)
+            outputs.append(torch.as_tensor(variables["outputs"]))
+    return outputs, 0.001, 0.001
+
+
+def changing(change: Callable[[list[Tensor]], object]) -> Any:
+    """Return a `run_fresh` whose outputs are changed."""
+
+    def run(lines: list[str], batches: list[Tensor], folder: Path) -> tuple[list[Tensor], float, float]:
+        outputs, load_time, call_time = run_here(lines, batches, folder)
+        change(outputs)
+        return outputs, load_time, call_time
+
+    return run
+
+
+class Embedded(nn.Module):
+    """A model of token numbers (B, T); the smaller of its two tables decides which numbers are valid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places, self.output = nn.Embedding(50, 8), nn.Embedding(16, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.output((self.tokens(tokens) + self.places(tokens)).mean(1))
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+
+
+class ExportCase(unittest.TestCase):
+    """Runs main() into a folder of its own; the files run in this process unless `fresh`."""
+
+    fresh = False
+
+    def setUp(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.output = self.folder / "out"
+        own: Any = types.ModuleType("own_export_models")
+        own.Embedded, own.encoder, own.three = Embedded, encoder, lambda: 3
+        own.conv = lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten())
+        own.tiny = lambda: nn.Linear(4, 3)
+        own.pair = lambda: nn.LSTM(4, 3, batch_first=True)
+        sys.modules[own.__name__] = own  # patch.dict would also take out what torch imports meanwhile
+        self.addCleanup(sys.modules.pop, own.__name__)
+        self.patch(mock.patch.object(sys, "path", [*sys.path]))
+        if not self.fresh:
+            self.patch(mock.patch.object(script, "run_fresh", run_here))
+
+    def patch(self, patch: Any) -> None:
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def main(self, *argv: Any) -> tuple[int, str, str]:
+        source = () if {"--model", "--checkpoint"} & set(argv) else ("--checkpoint", HOME / "best.pt")
+        arguments = [*source, "--output", self.output, *argv]
+        return run_main(functools.partial(cli.run, script.main), *map(str, arguments))
+
+    def export(self, *argv: Any) -> tuple[dict[str, list[str]], str]:
+        """Return the cells of each row by format, and all that was printed."""
+        code, out, err = self.main(*argv)
+        self.assertEqual((code, err), (0, ""))
+        return {line.split()[0]: line.split() for line in out.splitlines() if re.match(r"[\w-]+ +\d+\.\d\d ", line)}, out
+
+    def fails(self, *argv: Any, code: int = 1) -> tuple[str, str]:
+        """Return stdout and the one line on stderr."""
+        found, out, err = self.main(*argv)
+        self.assertEqual(found, code, err)
+        self.assertRegex(err, r"\Aerror: [^\n]{10,620}\n\Z")
+        return out, err
+
+    def kept(self) -> list[str]:
+        return sorted(path.name for path in self.output.iterdir())
+
+
+class FreshProcess(ExportCase):
+    fresh = True
+
+    def test_a_file_runs_without_the_package_and_one_that_needs_the_class_is_not_kept(self) -> None:
+        decoy = self.folder / "decoy" / "torchbasics"
+        decoy.mkdir(parents=True)
+        (decoy / "__init__.py").write_text("raise RuntimeError('imported')")
+        pickled = script.Format("model.pt", lambda job, file: torch.save(job.model, file))
+        environment = mock.patch.dict(os.environ, {"PYTHONPATH": str(decoy.parent)})
+        with environment, mock.patch.dict(script.FORMATS, torchscript=pickled):
+            out, err = self.fails("--format", "pt2", "torchscript")
+        self.assertRegex(out, r"(?m)^pt2 .* 100.00% ")
+        self.assertRegex(err, "torchscript: does not run in a fresh process")
+        self.assertEqual(self.kept(), ["model.pt2"])
+
+    def test_a_process_that_does_not_end_is_stopped(self) -> None:
+        with mock.patch.object(script, "PATIENCE", 0.01):
+            _, err = self.fails("--format", "torchscript")
+        self.assertIn("did not finish within 0.01 seconds", err)
+
+    @unittest.skipUnless(shutil.which(os.environ.get("CXX", "g++")), "needs a C++ compiler")
+    def test_machine_code_of_a_tiny_model(self) -> None:
+        # A test of the processor's instructions would compile for longer than the model.
+        faster = torch._inductor.config.patch({"cpp.vec_isa_ok": True, "aot_inductor.compile_wrapper_opt_level": "O0"})
+        with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(self.folder / "cache")), faster:
+            rows, out = self.export("--model", "own_export_models:tiny", "--input-shape", "4", "--format", "aoti")
+        self.assertEqual(rows["aoti"][3], "100.00%")
+        self.assertEqual(self.kept(), ["model.aoti.pt2"])
+
+
+class Lines(ExportCase):
+    def test_the_four_lines_printed_run_and_give_what_the_model_gives_at_other_batch_sizes(self) -> None:
+        formats = ["pt2", "torchscript", "pruned"] + (["int8-dynamic", "int8-static"] if QUANTIZES else [])
+        _, out = self.export("--format", *formats)
+        texts = re.findall(r"\n# ([\w-]+).*\n(.*\n.*\n.*\n.*)", out)
+        self.assertEqual([name for name, _ in texts], formats)
+        for name, text in texts:
+            variables: dict[str, Any] = {}
+            exec(text, variables)
+            self.assertEqual(variables["outputs"].shape, (1, 10))
+            found = variables["model"](INPUTS[:5])
+            limit = {"pt2": 1e-5, "torchscript": 1e-5}.get(name, 0.2)
+            torch.testing.assert_close(found, MODEL(INPUTS[:5]), rtol=0, atol=limit * float(MODEL(INPUTS[:5]).abs().max()))
+
+    @unittest.skipUnless(ONNX, "needs onnx, onnxscript and onnxruntime: pip install 'torchbasics[onnx]'")
+    def test_onnx_has_an_axis_named_batch_and_no_second_file(self) -> None:
+        import onnx
+
+        rows, out = self.export("--format", "onnx")
+        self.assertEqual((rows["onnx"][3], self.kept()), ("100.00%", ["model.onnx"]))
+        graph = onnx.load(self.output / "model.onnx").graph
+        for value in (*graph.input, *graph.output):
+            self.assertEqual(value.type.tensor_type.shape.dim[0].dim_param, "batch")
+        exec(out[out.index("\n# onnx") :], {})
+
+
+class Comparison(ExportCase):
+    """A file that computes something else is found out and not kept."""
+
+    def test_one_wrong_weight_is_noticed_and_the_other_formats_go_on(self) -> None:
+        def broken(job: Any, file: Path) -> None:
+            other = copy.deepcopy(job.model)
+            other.output.weight[3, 5] += 0.05
+            script.to_torchscript(job, file, other)
+
+        with mock.patch.dict(script.FORMATS, onnx=script.Format("broken.pt", broken)):
+            _, err = self.fails("--format", "onnx", "torchscript")
+        self.assertRegex(err, r"onnx: differs from the model by .* of the largest output.*not kept")
+        self.assertEqual(self.kept(), ["model.torchscript.pt"])
+
+    def test_a_difference_at_one_batch_size_is_enough(self) -> None:
+        for number in range(3):
+            with mock.patch.object(script, "run_fresh", changing(lambda parts, number=number: parts[number].mul_(1.001))):
+                self.assertIn("differs", self.fails("--format", "torchscript")[1])
+        with mock.patch.object(script, "run_fresh", changing(lambda parts: parts[1].fill_(math.nan))):
+            self.assertIn("differs", self.fails("--format", "torchscript")[1])
+
+    def test_an_export_of_one_batch_size_only_is_noticed(self) -> None:
+        with mock.patch.object(script, "export_program", lambda model, example: torch.export.export(model, (example,))):
+            self.fails("--format", "pt2")
+        self.assertEqual(self.kept(), [])
+
+    @unittest.skipUnless(QUANTIZES, "this torch has no quantization")
+    def test_int8_may_round_but_not_give_other_classes(self) -> None:
+        with mock.patch.object(script, "run_fresh", changing(lambda parts: [part.mul_(0.9) for part in parts])):
+            self.export("--format", "int8-dynamic")
+        (self.output / "model.int8-dynamic.pt").unlink()
+        swapped = changing(lambda parts: [swap_near_classes(part) for part in parts])
+        with mock.patch.object(script, "run_fresh", swapped):
+            _, err = self.fails("--format", "int8-dynamic")
+        difference, same = re.findall(r"by (0\.\d+) of .* to (\d+\.\d\d)%; not kept", err)[0]
+        self.assertLess(float(difference), script.ROUGH)
+        self.assertLess(float(same), 98)
+
+    def test_differences_by_hand(self) -> None:
+        expected, outputs = torch.tensor([[4.0, -8.0], [1.0, 0.5]]), torch.tensor([[4.0, -9.0], [1.0, 1.5]])
+        self.assertEqual(script.compare(outputs, expected), (0.125, 0.5))
+        self.assertEqual(script.compare(outputs[:, :1], expected[:, :1]), (0.0, None))  # one output is no class
+        self.assertTrue(math.isnan(script.compare(outputs[:1], expected)[0]))
+
+    def test_the_table_holds_size_and_accuracy(self) -> None:
+        rows, out = self.export("--format", "torchscript")
+        share = f"{int((MODEL(INPUTS).argmax(1) == TARGETS).sum()) / 300:.2%}"
+        self.assertEqual((rows["model"][1], rows["model"][4], rows["torchscript"][4]), ("0.44", share, share))
+        self.assertIn("compared on 300 drawn digits", out)
+
+
+def swap_near_classes(logits: Tensor) -> None:
+    """Swap the two best logits (B, C) of each image where they differ by less than 3."""
+    values, indices = logits.topk(2)
+    near = (values[:, 0] - values[:, 1] < 3)[:, None]
+    logits.scatter_(1, indices, torch.where(near, values.flip(1), values))
+
+
+class Formats(ExportCase):
+    def weights(self) -> dict[str, Tensor]:
+        return dict(torch.export.load(self.output / "model.pruned.pt2").state_dict)
+
+    def test_pruning_sets_the_smallest_weights_of_all_layers_to_zero_and_changes_nothing_else(self) -> None:
+        rows, _ = self.export("--format", "pruned", "pt2", "--sparsity", "0.4")
+        state, pruned = MODEL.state_dict(), self.weights()
+        self.assertEqual(pruned.keys(), state.keys())
+        every = torch.cat([value.flatten() for name, value in state.items() if name.endswith("weight")]).abs()
+        limit = every.sort().values[round(0.4 * len(every)) - 1]
+        for name, value in state.items():
+            kept = value if name.endswith("bias") else torch.where(value.abs() > limit, value, 0.0)
+            torch.testing.assert_close(pruned[name], kept, rtol=0, atol=0)
+        logits = torch.export.load(self.output / "model.pruned.pt2").module()(INPUTS)
+        self.assertEqual(rows["pruned"][4], f"{int((logits.argmax(1) == TARGETS).sum()) / 300:.2%}")
+        self.assertEqual((rows["pruned"][1], rows["pt2"][2]), (rows["pt2"][1], "0.0e+00"))  # as large; not shared
+
+    def test_one_layer_is_pruned_by_name(self) -> None:
+        self.export("--format", "pruned", "--prune-layer", "hidden.0", "--sparsity", "0.5")
+        zeros = {name: float((value == 0).double().mean()) for name, value in self.weights().items()}
+        self.assertAlmostEqual(zeros.pop("hidden.0.weight"), 0.5, places=4)
+        self.assertEqual(set(zeros.values()), {0.0})
+        (self.output / "model.pruned.pt2").unlink()
+        _, err = self.fails("--format", "pruned", "--prune-layer", "relu")
+        self.assertIn("expected one of hidden.0, hidden.1, output", err)
+
+    @unittest.skipUnless(QUANTIZES, "this torch has no quantization")
+    def test_int8_is_small_and_static_int8_has_no_float_layer(self) -> None:
+        self.export("--format", "int8-dynamic", "int8-static")
+        for name in self.kept():
+            self.assertLess((self.output / name).stat().st_size, 0.35 * 4 * 109_386)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = str(torch.jit.load(self.output / "model.int8-static.pt").inlined_graph)
+        self.assertEqual(graph.count("quantized::linear"), 3)
+        self.assertNotIn("aten::linear", graph)
+
+    @unittest.skipUnless(QUANTIZES, "this torch has no quantization")
+    def test_a_format_that_torch_cannot_make_ends_in_one_line_and_the_others_go_on(self) -> None:
+        argv = ("--model", "own_export_models:encoder", "--input-shape", "5,8", "--format", "int8-dynamic", "torchscript")
+        _, err = self.fails(*argv)
+        self.assertRegex(err, r"error: int8-dynamic: torch cannot make it of this model \(.+\)")
+        self.assertEqual(self.kept(), ["model.torchscript.pt"])
+        _, err = self.fails("--model", "own_export_models:conv", "--input-shape", "1,2,2", "--format", "int8-dynamic")
+        self.assertEqual(err, "error: int8-dynamic: the model has no linear layer; use int8-static\n")
+
+    def test_models_of_token_numbers(self) -> None:
+        argv = ("--model", "own_export_models:Embedded", "--input-shape", "6", "--format", "torchscript")
+        _, out = self.export(*argv, "--input-dtype", "int64")
+        self.assertIn("inputs = torch.zeros([1, 6], dtype=torch.int64)\n", out)
+        loaded = torch.jit.load(self.output / "model.torchscript.pt")
+        self.assertEqual(loaded(torch.full((3, 6), 15)).shape, (3, 3))
+        (self.output / "model.torchscript.pt").unlink()
+        _, err = self.fails(*argv, code=2)
+        self.assertRegex(err, r"does not take float32 inputs of shape \(batch, 6\): .*--input-shape and --input-dtype")
+
+    def test_a_missing_package_is_named_and_the_other_formats_go_on(self) -> None:
+        with mock.patch.object(importlib.util, "find_spec", lambda name: None):
+            _, err = self.fails("--format", "onnx", "torchscript", code=3)
+        self.assertEqual(err, "error: onnx: needs other packages: pip install 'torchbasics[onnx]'\n")
+        self.assertEqual(self.kept(), ["model.torchscript.pt"])
+
+
+class Sources(ExportCase):
+    def test_the_test_images_of_the_models_data_set_are_compared_on_and_training_images_calibrate(self) -> None:
+        raw = self.folder / "data" / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        parts = {"t10k": tb.draw_digits(120, seed=8), "train": tb.draw_digits(150, seed=9)}
+        for name, (images, labels) in parts.items():
+            header = struct.pack(">4I", 0x803, len(images), 28, 28)
+            (raw / f"{name}-images-idx3-ubyte").write_bytes(header + bytes(images.flatten().tolist()))
+            header = struct.pack(">2I", 0x801, len(images))
+            (raw / f"{name}-labels-idx1-ubyte").write_bytes(header + bytes(labels.tolist()))
+        save(self.folder / "fashion.pt", dataset="fashion-mnist")
+        argv = ("--checkpoint", self.folder / "fashion.pt", "--format", "torchscript")
+        with mock.patch.object(script, "load_data", mock.Mock(side_effect=script.load_data)) as load:
+            rows, out = self.export(*argv, "--data-dir", self.folder / "data")
+            found = script.load_data(*load.call_args.args)
+        self.assertIn("compared on 120 fashion-mnist test images", out)
+        (images, labels), (some, _) = parts["t10k"], parts["train"]
+        accuracy = float((MODEL((images / 255 - MEAN[0]) / STD[0]).argmax(1) == labels).double().mean())
+        self.assertEqual(rows["torchscript"][4], f"{accuracy:.2%}")
+        torch.testing.assert_close(found.calibration, (some[:100] / 255 - MEAN[0]) / STD[0])
+        (self.output / "model.torchscript.pt").unlink()
+        rows, _ = self.export(*argv)  # drawn digits have no accuracy in fashion
+        self.assertEqual(rows["torchscript"][4], "-")
+        (self.output / "model.torchscript.pt").unlink()
+        self.fails(*argv, "--data-dir", self.folder, code=2)
+
+    def test_a_file_that_exists_is_not_overwritten(self) -> None:
+        self.output.mkdir()
+        (self.output / "model.pt2").write_text("mine")
+        _, err = self.fails("--format", "torchscript", "pt2", code=2)
+        self.assertIn("model.pt2 exists", err)
+        self.assertEqual((self.kept(), (self.output / "model.pt2").read_text()), (["model.pt2"], "mine"))
+
+    def test_checkpoints_without_our_metadata_and_bad_models_end_in_one_line(self) -> None:
+        tb.save_checkpoint({"model_state_dict": MODEL.state_dict()}, self.folder / "own.pt")
+        own = ("--checkpoint", self.folder / "own.pt")
+        for argv, text in {
+            own: "its metadata has no model; train with Trainer(metadata={'model': …}), or give --model",
+            (*own, "--model", "simplenet"): "give --input-shape",
+            (*own, "--model", "mlp", "--input-shape", "1,28,28"): "weights are not those of mlp",
+            ("--model", "own_export_models:other", "--input-shape", "4"): "no attribute 'other'",
+            ("--model", "own_export_models:three", "--input-shape", "4"): "gave a int",
+            ("--model", "own_export_models:pair", "--input-shape", "5,4"): "returns a tuple",
+            ("--model", "simplenet"): "give --checkpoint",
+            ("--checkpoint", self.folder / "absent.pt"): "absent.pt",
+            ("--format", "gguf"): "gguf",
+        }.items():
+            self.assertIn(text, self.fails(*argv, code=2)[1])
+        self.export(*own, "--model", "simplenet", "--input-shape", "1,28,28", "--format", "torchscript")
+
+    def test_help_fits_on_two_screens(self) -> None:
+        with mock.patch.dict(os.environ, {"COLUMNS": "80"}), contextlib.suppress(SystemExit):
+            _, out, _ = self.main("--help")
+        self.assertLess(10, len(out.splitlines()))
+        self.assertLessEqual(len(out.splitlines()), 100)
+
+
+if __name__ == "__main__":
+    unittest.main()
