@@ -81,7 +81,8 @@ def make_work(model: nn.Module, batch: tuple[Tensor, Tensor], device: torch.devi
         model.to(memory_format=torch.channels_last)
     criterion = nn.MSELoss() if batch[1].is_floating_point() else nn.CrossEntropyLoss()
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    return Work(model, torch.optim.AdamW(model.parameters()), criterion, scaler, device, precision)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # as in training
+    return Work(model, optimizer, criterion, scaler, device, precision)
 
 
 def train_step(

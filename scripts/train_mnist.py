@@ -4,7 +4,7 @@
     python scripts/train_mnist.py --resume runs/mnist-20260102-030405
 
 Without MNIST and without a network it trains on digits that the program draws, and says so. To train on other data,
-change `make_loaders` and the model in `main`.
+change `make_loaders`, `make_model` and `judge`, and remove the options that only they use.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.schedule == "plateau" and args.warmup_epochs:
         parser.error("--schedule plateau has no warm-up; leave --warmup-epochs out")
     args.threads = args.threads or torch.get_num_threads()
+    args.command = shlex.join(sys.argv)
     return args
 
 
@@ -138,10 +139,12 @@ def resumed_args(args: argparse.Namespace, argv: list[str] | None) -> argparse.N
     return merged
 
 
-def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[tb.TensorLoader], dict[str, Any], str]:
-    """Return loaders for training, validation and test, the facts a model needs, and a notice for the user.
+def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[Any], dict[str, Any], str]:
+    """Return loaders for training, validation and test, facts about the data, and a notice for the user.
 
-    A loader is any iterable of batches (images (B, 1, 28, 28) float32, labels (B,) int64), such as a DataLoader.
+    A loader may be a DataLoader: it has a length and a `dataset`, and gives batches (images (B, C, H, W) float32,
+    normalised; labels (B,) int64). The facts are stored in each checkpoint: `judge` needs the classes, predict.py and
+    export.py all of them. Uses --dataset, --data-dir, --augment, --batch-size, --limit-batches and --seed.
     """
     train, val, test, name, notice = tb.load_splits(args.dataset, args.data_dir, val_size=5000, seed=args.seed)
     mean, std = tb.channel_statistics(train.inputs)
@@ -161,6 +164,15 @@ def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[t
     facts = {"dataset": name, "classes": train.classes, "num_classes": len(train.classes), "in_channels": 1,
              "image_size": 28, "mean": mean, "std": std}  # fmt: skip
     return [train_loader, val_loader, test_loader], facts, notice
+
+
+def make_model(args: argparse.Namespace, facts: dict[str, Any], device: torch.device) -> nn.Module:
+    """Return the model, and add to the facts how predict.py and export.py build it again. Uses --model and --dropout."""
+    facts |= {"model": args.model, "dropout": args.dropout}
+    model = tb.make_model(facts).to(device).to(memory_format=torch.channels_last)
+    if args.init_from and not args.resume:
+        load_initial_weights(model, args.init_from)
+    return model
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -271,10 +283,7 @@ def main(argv: list[str] | None = None) -> int:
 
     loaders, facts, notice = make_loaders(args, device)
     train_loader, val_loader, test_loader = loaders
-    facts |= {"model": args.model, "dropout": args.dropout}
-    model = tb.make_model(facts).to(device).to(memory_format=torch.channels_last)
-    if args.init_from and not args.resume:
-        load_initial_weights(model, args.init_from)
+    model = make_model(args, facts, device)
     averages = tb.averaged_copy(model, args.ema) if args.ema else None
     if args.compile:
         model.compile(mode=args.compile)
@@ -299,21 +308,20 @@ def main(argv: list[str] | None = None) -> int:
         if args.tensorboard:
             trainer.on_epoch_end.append(tensorboard_callback(run, trainer, val_loader))
         versions = {"torch": torch.__version__, "torchbasics": tb.__version__}
-        run.write_info(command=shlex.join(sys.argv), options=vars(args), **facts, notice=notice,
+        run.write_info(command=args.command, options=vars(args), **facts, notice=notice,
                        device=tb.device_name(device), precision=trainer.precision, versions=versions)  # fmt: skip
         if not args.quiet:
             sizes = [f"{len(loader.dataset):,}" for loader in loaders]
             print(f"{notice}\n{facts['dataset']}: {' + '.join(sizes)} images for training, validation and test; "
-                  f"{args.model}, {tb.count_parameters(model):,} parameters; "
+                  f"{type(model).__name__}, {tb.count_parameters(model):,} parameters; "
                   f"{tb.device_name(device)}; {trainer.precision}".strip())  # fmt: skip
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
         started = time.monotonic()
         try:
             trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
-        except tb.Interrupted:
-            if not args.dry_run:
-                print(f"continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}", file=sys.stderr)
-            raise
+        except tb.Interrupted as stop:
+            print(f"{stop}; continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}", file=sys.stderr)
+            return 128 + stop.signum
         seconds = time.monotonic() - started
         result = judge(args, trainer, run.checkpoints / "best.pt", test_loader)
         result |= {"train_seconds": seconds, "total_seconds": time.monotonic() - began}

@@ -143,7 +143,8 @@ class ExportCase(unittest.TestCase):
         """Return the cells of each row by format, and all that was printed."""
         code, out, err = self.main(*argv)
         self.assertEqual((code, err), (0, ""))
-        return {line.split()[0]: line.split() for line in out.splitlines() if re.match(r"[\w-]+ +\d+\.\d\d ", line)}, out
+        rows = re.findall(r"(?m)^([\w-]+) +(\d+\.\d\d .*)$", out)
+        return {name: [name, *cells.split()] for name, cells in rows}, out
 
     def fails(self, *argv: Any, code: int = 1) -> tuple[str, str]:
         """Return stdout and the one line on stderr."""
@@ -178,11 +179,15 @@ class FreshProcess(ExportCase):
 
     @unittest.skipUnless(shutil.which(os.environ.get("CXX", "g++")), "needs a C++ compiler")
     def test_machine_code_of_a_tiny_model(self) -> None:
-        # A test of the processor's instructions would compile for longer than the model.
-        faster = torch._inductor.config.patch({"cpp.vec_isa_ok": True, "aot_inductor.compile_wrapper_opt_level": "O0"})
+        # What these switch off compiles for longer than the model: tests of the processor, headers, optimisation.
+        faster = torch._inductor.config.patch({
+            "cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False,
+            "aot_inductor.compile_wrapper_opt_level": "O0"})  # fmt: skip
         with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(self.folder / "cache")), faster:
-            rows, out = self.export("--model", "own_export_models:tiny", "--input-shape", "4", "--format", "aoti")
-        self.assertEqual(rows["aoti"][3], "100.00%")
+            argv = ("--model", "own_export_models:tiny", "--input-shape", "4", "--format", "aoti")
+            code, out, err = self.main(*argv)  # torch may warn of an absent GPU
+        self.assertEqual(code, 0, err)
+        self.assertRegex(out, r"(?m)^aoti .* 100.00% ")
         self.assertEqual(self.kept(), ["model.aoti.pt2"])
 
 
@@ -192,13 +197,16 @@ class Lines(ExportCase):
         _, out = self.export("--format", *formats)
         texts = re.findall(r"\n# ([\w-]+).*\n(.*\n.*\n.*\n.*)", out)
         self.assertEqual([name for name, _ in texts], formats)
+        expected = MODEL(INPUTS[:5])
         for name, text in texts:
             variables: dict[str, Any] = {}
-            exec(text, variables)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.jit is deprecated
+                exec(text, variables)
             self.assertEqual(variables["outputs"].shape, (1, 10))
+            limit = 1e-5 if name in ("pt2", "torchscript") else 0.2
             found = variables["model"](INPUTS[:5])
-            limit = {"pt2": 1e-5, "torchscript": 1e-5}.get(name, 0.2)
-            torch.testing.assert_close(found, MODEL(INPUTS[:5]), rtol=0, atol=limit * float(MODEL(INPUTS[:5]).abs().max()))
+            torch.testing.assert_close(found, expected, rtol=0, atol=limit * float(expected.abs().max()))
 
     @unittest.skipUnless(ONNX, "needs onnx, onnxscript and onnxruntime: pip install 'torchbasics[onnx]'")
     def test_onnx_has_an_axis_named_batch_and_no_second_file(self) -> None:
@@ -227,11 +235,11 @@ class Comparison(ExportCase):
         self.assertEqual(self.kept(), ["model.torchscript.pt"])
 
     def test_a_difference_at_one_batch_size_is_enough(self) -> None:
-        for number in range(3):
-            with mock.patch.object(script, "run_fresh", changing(lambda parts, number=number: parts[number].mul_(1.001))):
+        # batches of 1, 7 and 64 images
+        for number, factor in (0, 1.001), (1, 1.001), (2, 1.001), (1, math.nan):
+            changed = changing(lambda parts, number=number, factor=factor: parts[number].mul_(factor))
+            with mock.patch.object(script, "run_fresh", changed):
                 self.assertIn("differs", self.fails("--format", "torchscript")[1])
-        with mock.patch.object(script, "run_fresh", changing(lambda parts: parts[1].fill_(math.nan))):
-            self.assertIn("differs", self.fails("--format", "torchscript")[1])
 
     def test_an_export_of_one_batch_size_only_is_noticed(self) -> None:
         with mock.patch.object(script, "export_program", lambda model, example: torch.export.export(model, (example,))):
@@ -309,8 +317,8 @@ class Formats(ExportCase):
 
     @unittest.skipUnless(QUANTIZES, "this torch has no quantization")
     def test_a_format_that_torch_cannot_make_ends_in_one_line_and_the_others_go_on(self) -> None:
-        argv = ("--model", "own_export_models:encoder", "--input-shape", "5,8", "--format", "int8-dynamic", "torchscript")
-        _, err = self.fails(*argv)
+        argv = ("--model", "own_export_models:encoder", "--input-shape", "5,8")
+        _, err = self.fails(*argv, "--format", "int8-dynamic", "torchscript")
         self.assertRegex(err, r"error: int8-dynamic: torch cannot make it of this model \(.+\)")
         self.assertEqual(self.kept(), ["model.torchscript.pt"])
         _, err = self.fails("--model", "own_export_models:conv", "--input-shape", "1,2,2", "--format", "int8-dynamic")
@@ -320,8 +328,7 @@ class Formats(ExportCase):
         argv = ("--model", "own_export_models:Embedded", "--input-shape", "6", "--format", "torchscript")
         _, out = self.export(*argv, "--input-dtype", "int64")
         self.assertIn("inputs = torch.zeros([1, 6], dtype=torch.int64)\n", out)
-        loaded = torch.jit.load(self.output / "model.torchscript.pt")
-        self.assertEqual(loaded(torch.full((3, 6), 15)).shape, (3, 3))
+        self.assertRegex(out, r"(?m)^torchscript .* 100.00% ")
         (self.output / "model.torchscript.pt").unlink()
         _, err = self.fails(*argv, code=2)
         self.assertRegex(err, r"does not take float32 inputs of shape \(batch, 6\): .*--input-shape and --input-dtype")

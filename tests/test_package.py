@@ -39,7 +39,8 @@ def nodes_of(path: Path) -> Iterator[ast.AST]:
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:
     """Return what a file imports at any depth: (modules beside it, relatively; packages, by name)."""
-    siblings, packages = set(), set()
+    siblings: set[str] = set()
+    packages: set[str] = set()
     for node in nodes_of(path):
         if isinstance(node, ast.Import):
             packages |= {alias.name.partition(".")[0] for alias in node.names}
@@ -63,7 +64,7 @@ def run_python(code: str, folder: str | Path) -> str:
     """Return what `code` prints in a fresh process in `folder`, which is first on its search path."""
     command = [sys.executable, "-c", textwrap.dedent(code)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise AssertionError(done.stderr)
     return done.stdout

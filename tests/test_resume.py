@@ -264,6 +264,15 @@ class ResumeTest(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, "same data set"):
                 trainer.fit(LOADERS["list"]()[:3], LOADERS["list"](), 1, verbose=False)
 
+    def test_another_data_set_after_a_resume_warns(self) -> None:
+        data = LOADERS["list"]()
+        with tempfile.TemporaryDirectory() as folder:
+            make_trainer(folder).fit(data, data, 1, verbose=False)
+            trainer = make_trainer(folder)
+            trainer.resume()
+            with self.assertWarnsRegex(UserWarning, "has 4 batches, it had 6"):
+                trainer.fit(data[:4], data, 2, verbose=False)
+
     def test_validating_logging_and_saving_change_no_weight(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             often = make_trainer(folder, save_every=1)

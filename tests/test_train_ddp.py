@@ -79,6 +79,8 @@ class DdpCase(single.ScriptCase):
         best, others = (tb.load_checkpoint(run / "checkpoints" / "best.pt") for run in (one, other))
         for name, value in best["model_state_dict"].items():
             torch.testing.assert_close(value, others["model_state_dict"][name], rtol=0, atol=1e-4)
+        for name in ("test_loss", "test_accuracy"):
+            self.assertAlmostEqual(single.result_of(one)[name], single.result_of(other)[name], delta=1e-5)
 
 
 class OneProcess(DdpCase):

@@ -137,19 +137,20 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 class Run(ScriptCase):
     def test_a_run_prints_a_table_and_leaves_its_metrics_result_and_checkpoints(self) -> None:
-        code, out, err = call(*SMALL, "--output", "a run", "--tta")
+        rough = "--tta --epochs 9 --patience 1 --schedule constant --lr 0.06"  # so the last epoch is not the best
+        code, out, err = call(*SMALL, "--output", "a run", *rough.split())
         self.assertEqual((code, err), (0, ""))
-        table = re.findall(r"^ *(epoch|\d+)  .*$", out, re.M)
-        self.assertEqual(table, ["epoch", "1", "2"])
         run = self.folder / "a run"
-        self.assertEqual({path.name for path in run.iterdir()}, {".lock", "run.json", "metrics.jsonl", "checkpoints"})
-        self.assertEqual([step for step, _ in saved_steps(run / "checkpoints")], [12, 24])
-
         rows = rows_of(run)
-        for epoch, (row, (step, path)) in enumerate(zip(rows, saved_steps(run / "checkpoints"), strict=True), 1):
+        table = re.findall(r"^ *(epoch|\d+)  .*$", out, re.M)
+        self.assertEqual(table, ["epoch", *[str(row["epoch"]) for row in rows]])
+        self.assertEqual({path.name for path in run.iterdir()}, {".lock", "run.json", "metrics.jsonl", "checkpoints"})
+        for epoch, row in enumerate(rows, start=1):
             self.assertEqual(" ".join(row), "epoch train_loss train_acc val_loss val_acc lr step weights")  # no times
-            self.assertEqual((row["epoch"], row["step"]), (epoch, step))
-            self.assertEqual(row["weights"], weights_hash(tb.load_checkpoint(path)["model_state_dict"]))
+            self.assertEqual((row["epoch"], row["step"]), (epoch, 12 * epoch))
+        for row, (step, path) in zip(rows[-3:], saved_steps(run / "checkpoints"), strict=True):
+            weights = tb.load_checkpoint(path)["model_state_dict"]
+            self.assertEqual((row["step"], row["weights"]), (step, weights_hash(weights)))
 
         info = json.loads((run / "run.json").read_text())
         self.assertLess({"command", "options", "versions", "device", "precision", "dataset", "classes"}, set(info))
@@ -161,9 +162,10 @@ class Run(ScriptCase):
         )
         best = min(rows, key=lambda row: row["val_loss"])
         self.assertEqual((result["best_epoch"], result["best_val_accuracy"]), (best["epoch"], best["val_acc"]))
-        self.assertEqual((result["epochs_run"], result["stopped_because"]), (2, "all 2 epochs done"))
+        self.assertEqual((result["epochs_run"], len(rows)), (best["epoch"] + 1,) * 2)
+        self.assertRegex(result["stopped_because"], r"^no improvement on .* \(epoch \d\) for 1 epochs$")
 
-        # The test set is judged by the best weights: here by hand.
+        # The test set is judged by the best weights, which are not the last: here by hand.
         state = tb.load_checkpoint(run / "checkpoints" / "best.pt")
         model = tb.ShiftedViews(tb.make_model(state["metadata"])).eval()
         model.model.load_state_dict(state["model_state_dict"])
@@ -173,7 +175,7 @@ class Run(ScriptCase):
             outputs = model((images.float() / 255 - facts["mean"][0]) / facts["std"][0])
         predicted = outputs.argmax(1)
         self.assertAlmostEqual(result["test_accuracy"], (predicted == labels).float().mean().item(), places=6)
-        self.assertAlmostEqual(result["test_loss"], F.cross_entropy(outputs, labels).item(), places=4)
+        self.assertAlmostEqual(result["test_loss"], F.cross_entropy(outputs, labels).item(), places=3)
         confusion = [[int(((labels == i) & (predicted == j)).sum()) for j in range(10)] for i in range(10)]
         self.assertEqual((result["confusion"], result["test_samples"]), (confusion, TEST_IMAGES))
         for i, share in enumerate(result["accuracy_by_class"].values()):
@@ -246,12 +248,6 @@ class Run(ScriptCase):
             loaders, _, _ = script.make_loaders(script.parse_args([*SMALL, option]), torch.device("cpu"))
             self.assertEqual([loader.augment is not None for loader in loaders], [augmented, False, False])
             self.assertEqual([len(loader.dataset) for loader in loaders], [400, 5000, TEST_IMAGES])
-
-    def test_patience_ends_a_run_that_gets_no_better_and_says_why(self) -> None:
-        run = self.run_small("a", "--epochs", 9, "--patience", 1, "--schedule", "constant", "--lr", 0.3)
-        result = result_of(run)
-        self.assertRegex(result["stopped_because"], r"no improvement on .* \(epoch \d\) for 1 epochs")
-        self.assertEqual((result["epochs_run"], len(rows_of(run))), (result["best_epoch"] + 1,) * 2)
 
     def test_init_from_starts_with_the_weights_that_fit_and_names_the_others(self) -> None:
         first = self.run_small("a", "--epochs", 1)
@@ -371,6 +367,7 @@ class Resume(ScriptCase):
     def test_more_epochs_under_a_constant_rate_are_those_of_a_longer_run(self) -> None:
         constant = ("--schedule", "constant", "--warmup-epochs", 0.5)
         code, out, _ = call(*SMALL, *constant, "--output", "a b")
+        self.assertIn("stopped because: all 2 epochs done", out)
         advice = re.search(r"^continue: python .*(--resume .*)$", out, re.M)
         self.assertEqual((code, advice and advice[1]), (0, "--resume 'a b' --epochs 4"))
         for epochs in (3, 4):

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 from .checkpoint import make_folder, remove_unfinished, saved_steps, write_durably
 from .cli import printable
+from .evaluation import is_classification
 
 
 class RunDirectory:
@@ -120,6 +121,8 @@ class _Table:
             "val_loss": (8, _figure),
             "val_acc": (7, "{:.2%}".format),
         }
+        if not (is_classification(trainer.criterion) or "acc" in trainer.metrics):
+            del self.columns["train_acc"], self.columns["val_acc"]
         for name in [f"{part}_{metric}" for metric in trainer.metrics for part in ("train", "val")]:
             self.columns.setdefault(name, (max(len(name), 7), _figure))
         self.columns |= {

@@ -81,7 +81,8 @@ class Trainer:
         on_step_end, on_epoch_end: functions called with this Trainer.
 
     Attributes: `history` (a list per name, one entry per epoch), `epoch` (epochs done), `batch` (batches done in this
-    epoch), `step` (optimizer steps done), `best_score`, `best_epoch` (from 0), `last_loss`, `model`.
+    epoch), `step` (optimizer steps done), `best_score`, `best_epoch` (from 0), `last_loss`, `model`, `evaluated_model`,
+    `validation_means` (its `values()` are all figures of the last `validate`, those of `metrics` too).
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Trainer:
 
         # Where the training loader stands, to start it there again.
         self.loader: Any = None
+        self.num_batches: int | None = None  # of an epoch, to notice another data set
         self.epoch_start: dict[str, Any] | None = None  # random state when the epoch began; None between epochs
         self.exhausted = False  # the loader has no more batch in this epoch
         self.resumed: dict[str, Any] | None = None  # this process's part of a loaded state, until training goes on
@@ -219,7 +221,7 @@ class Trainer:
         self.read_losses(self.batch)
         means = Means.sum_of(distributed.gather_objects(self.means.sums))
         if not means.sums.get("loss", (0, 0))[1]:
-            raise ValueError("the training loader gave no batch with a target that counts")
+            raise ValueError("the training loader gave no batch with a target that counts; is drop_last too much?")
         self.means = means
         self.epoch += 1
         self.batch = 0
@@ -276,10 +278,10 @@ class Trainer:
 
     def forward(self, batch: Any, count: float) -> tuple[Tensor, list[Figure]]:
         """Return the loss of one batch on the device, and what it adds to the means."""
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), equal_shapes() if self.step == 0 else contextlib.nullcontext():
             loss, outputs, targets = self.compute_loss(batch)
-        if self.step == 0 or not isinstance(loss, Tensor):
-            self.check_loss(loss, outputs, targets)
+        if self.step == 0:
+            self.check_loss(loss)
         if not count:  # other processes count something: take part in backward, which must reach the whole model
             zero = (0 * evaluation.first_tensor(outputs)).sum()
             return zero, [("loss", zero.detach(), 0.0, 0.0)]
@@ -318,7 +320,7 @@ class Trainer:
         """Return the figures of `metrics`, which are weighted by targets, never by class weights."""
         counted = torch.ones(len(evaluation.first_tensor(targets)), dtype=torch.bool, device=self.device)
         if evaluation.is_classification(self.criterion) and isinstance(targets, Tensor):
-            counted = targets != self.criterion.ignore_index  # type: ignore[union-attr]
+            counted = torch.as_tensor(targets != self.criterion.ignore_index)  # type: ignore[union-attr]
         figures: list[Figure] = []
         for name, metric in self.metrics.items():
             values = torch.as_tensor(metric(outputs, targets), device=self.device).float()
@@ -539,6 +541,12 @@ class Trainer:
     def start_loader(self, loader: Iterable) -> Iterator:
         """Return an iterator over `loader` from the batch at which this epoch stands."""
         self.loader = loader
+        size = len(loader) if hasattr(type(loader), "__len__") else None  # type: ignore[arg-type]
+        if self.num_batches not in (None, size):
+            warnings.warn(
+                f"the loader has {size} batches, it had {self.num_batches}: is it the same data set?", stacklevel=5
+            )
+        self.num_batches = size
         set_epoch(loader, self.epoch)
         here = {**random_state(self.device), "generators": [g.get_state() for g in own_generators(loader)]}
         if self.epoch_start is None:
@@ -697,6 +705,7 @@ class Trainer:
             "best_epoch": self.best_epoch,
             "skipped_in_a_row": self.skipped_in_a_row,
             "exhausted": self.exhausted,
+            "num_batches": self.num_batches,
             "pending": self.pending,
             "model_state_dict": weights,
             "optimizer_state_dict": optimizer,
@@ -726,6 +735,7 @@ class Trainer:
         self.best_epoch = state["best_epoch"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.exhausted = state["exhausted"]
+        self.num_batches = state["num_batches"]
         self.pending = state["pending"]
         self.load_rank_state(state["ranks"])
 
@@ -882,16 +892,12 @@ class Trainer:
                 "with a sharded model every process reads all validation data: TensorLoader(…, world_size=1)"
             )
 
-    def check_loss(self, loss: Any, outputs: Any, targets: Any) -> None:
-        """Raise ValueError if the loss cannot be trained, or if the shapes would be broadcast in silence."""
+    def check_loss(self, loss: Any) -> None:
+        """Raise ValueError if the loss cannot be trained."""
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             raise ValueError(f"compute_loss must return a loss of one number, got {describe(loss)}")
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError("the loss depends on no parameter that requires a gradient; is everything frozen?")
-        elementwise = isinstance(self.criterion, (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss))
-        shapes = [tuple(part.shape) for part in (outputs, targets) if isinstance(part, Tensor)]
-        if elementwise and len(set(shapes)) == 2:
-            raise ValueError(f"outputs {shapes[0]} and targets {shapes[1]} must have the same shape")
 
     def check_weights(self) -> None:
         """Raise NonFiniteLoss if a trainable weight is NaN or infinite: such a state is never saved."""
@@ -915,6 +921,17 @@ def monitored(monitor: str | tuple[str, str]) -> tuple[str, str]:
     if mode not in ("min", "max"):
         raise ValueError(f"monitor must be (name, 'min') or (name, 'max'), got {monitor!r}")
     return name, mode
+
+
+@contextlib.contextmanager
+def equal_shapes() -> Iterator[None]:
+    """Raise ValueError where torch only warns that outputs (B, 1) and targets (B,) are broadcast to (B, B)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Using a target size")
+        try:
+            yield
+        except UserWarning as warning:
+            raise ValueError(f"outputs and targets must have the same shape: {warning}") from None
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:

@@ -50,31 +50,29 @@ CALLS = "open,openat,creat,write,pwrite64,writev,fsync,fdatasync,rename,renameat
 
 def around_save(place: str, enter: Callable[[], object], leave: Callable[[], object]) -> None:
     """Let this process call `enter` and `leave` around the save at `place`."""
-    saves = 0
-
-    def wrap(function: Callable[..., Any], number: int, wanted: Callable[..., bool]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapped(*args: Any) -> Any:
-            nonlocal saves
-            saves += wanted(*args)
-            if not wanted(*args) or saves != number:
-                return function(*args)
-            enter()
-            try:
-                return function(*args)
-            finally:
-                leave()
-
-        return wrapped
-
+    owner: Any
+    wanted: Callable[..., bool]
     if place == "step":
-        checkpoint.save_step = wrap(checkpoint.save_step, 1, lambda state, folder, step: step == SAVED)
+        owner, name, number, wanted = checkpoint, "save_step", 1, lambda state, folder, step: step == SAVED
     elif place == "best":
-        is_best = lambda state, path: path.name == "best.pt"  # noqa: E731
-        checkpoint.save_checkpoint = wrap(checkpoint.save_checkpoint, 2, is_best)
+        owner, name, number, wanted = checkpoint, "save_checkpoint", 2, lambda state, path: path.name == "best.pt"
     else:  # the first one, of no epoch, is written at the start
-        write = wrap(tb.RunDirectory.write_metrics, 3, lambda run, trainer: True)
-        tb.RunDirectory.write_metrics = write  # type: ignore[method-assign]
+        owner, name, number, wanted = tb.RunDirectory, "write_metrics", 3, lambda run, trainer: True
+    function, saves = getattr(owner, name), 0
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        nonlocal saves
+        saves += wanted(*args)
+        if not wanted(*args) or saves != number:
+            return function(*args)
+        enter()
+        try:
+            return function(*args)
+        finally:
+            leave()
+
+    mock.patch.object(owner, name, wrapped).start()
 
 
 def before_call(
@@ -101,12 +99,16 @@ def before_call(
         return io.BufferedRandom(File(path, "w+")) if mode == "w+b" else open(path, mode, **options)
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **options: (tick(), function(*args, **options))[1]
+        def call(*args: Any) -> Any:
+            tick()
+            return function(*args)
+
+        return call
 
     def before() -> None:
         checkpoint.open = open_file  # type: ignore[attr-defined]  # hides the built-in one
         for name in ("fsync", "replace", "unlink"):
-            setattr(os, name, counted(getattr(os, name)))
+            mock.patch.object(os, name, counted(getattr(os, name))).start()
         around_save(place, lambda: armed.insert(0, True), lambda: armed.insert(0, False))
 
     return training(*SMALL, "--output", run, before=before)
@@ -126,9 +128,10 @@ def calls_of_saves(row: Row) -> list[tuple[str, int]]:
 
 def killed_in_a_save(row: Row) -> None:
     """SIGKILL before each system call of a save: what was saved before loads, and the run ends the same."""
-    for place, at in row.some(calls_of_saves(row), 3):
+    for place, at in row.some(calls_of_saves(row), 2):
         run = row.new()
-        kill_case(row, f"{place}, before call {at}", start(before_call(run, place, at, send_self(), shared_number()), run))
+        child = start(before_call(run, place, at, send_self(), shared_number()), run)
+        kill_case(row, f"{place}, before call {at}", child)
     if not row.full:
         return
     if reason := strace_missing(row):
@@ -141,7 +144,7 @@ def killed_in_a_save(row: Row) -> None:
         names = Counter(match[1] for line in lines if (match := re.match(r"(?:\d+ +)?(\w+)\(", line)))
         if not names["rename"] + names["renameat"] + names["renameat2"]:
             raise RuntimeError(f"strace saw no save: {names}")
-        for name, number in [(name, i + 1) for name in sorted(names) for i in range(names[name])]:
+        for name, number in [(name, i + 1) for name, count in sorted(names.items()) for i in range(count)]:
             run, inject = row.new(), f"inject={name}:signal=SIGKILL:when={number}"
             kill_case(row, f"{place}, before {name} {number}", traced_save(run, place, bool, f"trace={name}", inject))
 
@@ -215,7 +218,7 @@ def strace_missing(row: Row) -> str:
 def failing_saves(row: Row) -> None:
     """ENOSPC and EIO in each call of a save, once or from there on; and the system's own limit on file sizes."""
     ways = [(number, and_later) for number in (errno.ENOSPC, errno.EIO) for and_later in (False, True)]
-    for (place, at), (number, and_later) in row.some([(call, way) for call in calls_of_saves(row) for way in ways], 3):
+    for (place, at), (number, and_later) in row.some([(call, way) for call in calls_of_saves(row) for way in ways], 1):
 
         def fail(number: int = number) -> None:
             raise OSError(number, os.strerror(number))
@@ -273,7 +276,7 @@ def flip_any(row: Row, path: Path) -> None:
 
 
 def damaged(row: Row) -> None:
-    """Flipped bits and cut files are seen before torch reads them. The newest intact one is used; without one: exit 2."""
+    """Flipped bits and cut files are seen before torch reads them. The newest intact one is used; if none is: exit 2."""
     flipped_bits(row)
     expected, _ = undisturbed(row, *SMALL)
     original = interrupted_run(row)
@@ -355,7 +358,7 @@ def foreign(row: Row) -> None:
         (".best.pt.1.unfinished", lambda path: path.write_text("half")),
         ("folder", lambda path: path.mkdir()),
     ]
-    for name, make in row.some(strange, 2):
+    for name, make in row.some(strange, 1):
         run = copy_of(row, original)
         place = run / "checkpoints" / name
         make(place)
@@ -383,6 +386,8 @@ def foreign(row: Row) -> None:
     hook = at_step(5, lambda: shutil.rmtree(run / "checkpoints"))
     child = start(training(*SMALL, "--output", run, hook=hook), run)
     row.case("checkpoints deleted in a run", exit_problems(child, 0), differences(run, expected))
+    if not row.full:
+        return
     gone = row.new()
     child = start(training(*SMALL, "--output", gone, hook=at_step(5, lambda: shutil.rmtree(gone))), gone)
     row.case("run deleted in a run", refusal_problems(child, 1, "was moved or removed"))

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo  # every run imports it: once here, not in each child
@@ -55,7 +56,8 @@ def draw_splits() -> Splits:
     inputs, targets = tb.draw_digits(352)
     classes = tuple("0123456789")
     parts = (slice(224), slice(224, 288), slice(288, 352))
-    return Splits(*(Images(inputs[part], targets[part], classes) for part in parts), "digits", "")
+    train, val, test = (Images(inputs[part], targets[part], classes) for part in parts)
+    return Splits(train, val, test, "digits", "")
 
 
 SPLITS = draw_splits()
@@ -220,8 +222,8 @@ def shared_number() -> ctypes.c_int64:
 def run_script(name: str, argv: list[str]) -> int:
     """Return the exit code of scripts/NAME.py, run in this process on few images."""
     torch.set_num_threads(1)
-    tb.load_splits = lambda *args, **options: SPLITS
-    return cli.run(SCRIPTS[name].main, argv, out_of_memory="")
+    mock.patch.object(tb, "load_splits", lambda *args, **options: SPLITS).start()
+    return cli.run(SCRIPTS[name].main, argv)
 
 
 def training(
@@ -237,7 +239,7 @@ def training(
                 trainer.on_step_end.append(hook)
                 return fit(trainer, *args, **options)
 
-            tb.Trainer.fit = hooked  # type: ignore[method-assign]
+            mock.patch.object(tb.Trainer, "fit", hooked).start()
         if before is not None:
             before()
         return run_script(script, [str(word) for word in argv])
