@@ -143,7 +143,7 @@ FORMATS = {
     "torchscript": Format("model.torchscript.pt", to_torchscript, "for old programs; torch.jit is deprecated"),
     "int8-dynamic": Format("model.int8-dynamic.pt", to_int8_dynamic, "by torch.ao, as TorchScript", ROUGH),
     "int8-static": Format("model.int8-static.pt", to_int8_static, "by torch.ao, as TorchScript", ROUGH),
-    "pruned": Format("model.pruned.pt2", to_pruned, "zeros take the same room and time; they only compress better"),
+    "pruned": Format("model.pruned.pt2", to_pruned, "{sparsity:.0%} zeros take as much room and time as before"),
 }
 
 
@@ -201,7 +201,7 @@ def run_fresh(lines: list[str], batches: list[Tensor], folder: Path) -> tuple[li
 
     The process starts in `folder`, through which the batches and outputs pass. Raises RuntimeError if it fails.
     """
-    torch.save([batch.clone() for batch in batches], folder / "batches")
+    torch.save([batch.clone() for batch in batches], folder / "batches")  # a view would be saved with its whole
     try:
         done = subprocess.run([sys.executable, "-c", CHECK, json.dumps(lines)], cwd=folder, timeout=PATIENCE,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)  # fmt: skip
@@ -410,8 +410,9 @@ def main(argv: list[str] | None = None) -> int:
             codes.append(3 if isinstance(error, cli.MissingExtra) else 1)
             print(f"error: {name}: {cli.printable(' '.join(str(error).split()))[:500]}", file=sys.stderr)
         else:
-            texts += [f"\n# {name}: {FORMATS[name].note}".rstrip(": "), *lines]
-    if data.kind != "noise":
+            note = FORMATS[name].note.format(sparsity=args.sparsity)
+            texts += [f"\n# {name}: {note}".rstrip(": "), *lines]
+    if {"mean", "std"} <= metadata.keys():
         print(f"inputs are (pixels / 255 - mean) / std, with mean {metadata['mean']} and std {metadata['std']}")
     print("\n".join(texts))
     return 1 if 1 in codes else max(codes)

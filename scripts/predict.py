@@ -99,16 +99,16 @@ def load_member(path: str, args: argparse.Namespace) -> tuple[nn.Module, dict[st
                          f"train with Trainer(metadata={{{missing[0]!r}: …}}), or give {options}")  # fmt: skip
     facts["num_classes"] = len(facts["classes"])
     model = make_model(facts, own=args.model)
+    member = Normalised(model, facts["mean"], facts["std"]).eval()
     try:
         model.load_state_dict(checkpoint.get("model_state_dict", checkpoint))
+        with torch.no_grad():
+            logits = member(torch.zeros(1, facts["in_channels"], facts["image_size"], facts["image_size"]))
     except RuntimeError as error:
-        raise ValueError(f"{path}: its weights are not those of {facts['model']}: {error}") from error
-    model = Normalised(model, facts["mean"], facts["std"]).eval()
-    with torch.no_grad():
-        logits = model(torch.zeros(1, facts["in_channels"], facts["image_size"], facts["image_size"]))
+        raise ValueError(f"{path}: its weights and facts do not fit {facts['model']}: {error}") from error
     if logits.shape != (1, facts["num_classes"]) or not logits.isfinite().all():
         raise ValueError(f"{path}: the model does not give {facts['num_classes']} finite logits for an image")
-    return model, facts
+    return member, facts
 
 
 def make_model(facts: dict[str, Any], own: str | None) -> nn.Module:

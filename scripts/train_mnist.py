@@ -167,7 +167,7 @@ def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[A
 
 
 def make_model(args: argparse.Namespace, facts: dict[str, Any], device: torch.device) -> nn.Module:
-    """Return the model, and add to the facts how predict.py and export.py build it again. Uses --model and --dropout."""
+    """Return the model, and add to the facts how predict.py and export.py build it. Uses --model and --dropout."""
     facts |= {"model": args.model, "dropout": args.dropout}
     model = tb.make_model(facts).to(device).to(memory_format=torch.channels_last)
     if args.init_from and not args.resume:

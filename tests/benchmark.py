@@ -26,6 +26,7 @@ import operator
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -127,18 +128,19 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def call(
-    command: Sequence[Any], env: dict[str, str] | None = None, codes: Sequence[int] = (0,)
-) -> subprocess.CompletedProcess:
-    """Run a process to its end. RuntimeError unless its exit code is one of `codes`."""
-    words = [str(word) for word in command]
-    done = subprocess.run(
-        words, cwd=ROOT, env=os.environ | (env or {}), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    if done.returncode not in codes:
-        last = (done.stderr.strip() or "no error message").splitlines()[-1]
-        raise RuntimeError(f"{' '.join(words[1:5])} … ended with code {done.returncode}: {last}")
-    return done
+def call(command: Sequence[Any], env: dict[str, str] | None = None, codes: Sequence[int] = (0,)) -> tuple[str, str]:
+    """Run a process to its end and return its stdout and stderr. RuntimeError unless its exit code is in `codes`."""
+    words, pipe, env = [str(word) for word in command], subprocess.PIPE, os.environ | (env or {})
+    with subprocess.Popen(words, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            process.terminate()  # torchrun passes it on to its workers
+            raise
+    if process.returncode not in codes:
+        last = (err.strip() or "no error message").splitlines()[-1]
+        raise RuntimeError(f"{' '.join(words[1:5])} … ended with code {process.returncode}: {last}")
+    return out, err
 
 
 def fresh(function: Callable[..., Any], *args: Any) -> Any:
@@ -154,7 +156,7 @@ def train(
     output = Path(tempfile.mkdtemp(dir=setting.folder)) / "run"
     began = time.perf_counter()
     command = [sys.executable, *launcher, ROOT / "scripts" / script, "--data-dir", setting.data_dir]
-    table = call([*command, "--output", output, *args], env).stdout
+    table = call([*command, "--output", output, *args], env)[0]
     seconds = time.perf_counter() - began
     result = json.loads((output / "run.json").read_text(encoding="utf-8"))["result"]
     return result | {"process_seconds": seconds, "table": table, "best": output / "checkpoints" / "best.pt"}
@@ -195,7 +197,7 @@ def import_time(setting: Setting) -> Iterator[Row]:
     )
     command = [sys.executable, "-c", code]
     call(command, {"PYTHONDONTWRITEBYTECODE": ""})  # compile it, as an installed package is
-    texts = [call(command).stdout for _ in range(setting.pick(21, 2))]
+    texts = [call(command)[0] for _ in range(setting.pick(21, 2))]
     both, alone = zip(*(map(float, text.split()) for text in texts), strict=True)
     yield Row("import", "import torch and torchbasics", "import torch", both, alone)
 
@@ -530,14 +532,14 @@ def inference(setting: Setting) -> Iterator[Row]:
     best = train(setting, "--dataset", dataset, "--epochs", 1, "--limit-batches", steps, "--quiet")["best"]
     command = [sys.executable, ROOT / "scripts" / "export.py", "--checkpoint", best]
     formats = ("pt2", "onnx") if setting.quick else ("all",)
-    done = call([*command, "--output", setting.folder / "exported", "--format", *formats], codes=(0, 1, 3))
+    out, err = call([*command, "--output", setting.folder / "exported", "--format", *formats], codes=(0, 1, 3))
     # Rows of its table begin with a name and two numbers (MB, difference), and end with the milliseconds of a call.
-    calls = re.findall(r"^([a-z][\w-]*) +[\d.]+ +[-+\d.e]+ .* ([\d.]+)$", done.stdout, re.MULTILINE)
+    calls = re.findall(r"^([a-z][\w-]*) +[\d.]+ +[-+\d.e]+ .* ([\d.]+)$", out, re.MULTILINE)
     seconds = {name: float(milliseconds) / 1000 for name, milliseconds in calls}
     eager = seconds.pop("model")
     for name, value in seconds.items():
         yield Row("inference", f"SmallVGG as {name}, one image", "eager", [value], [eager])
-    for name, reason in re.findall(r"^error: ([\w-]+): (.*)", done.stderr, re.MULTILINE):
+    for name, reason in re.findall(r"^error: ([\w-]+): (.*)", err, re.MULTILINE):
         yield Row("inference", f"SmallVGG as {name}, one image", "eager", skipped=reason)
 
 
@@ -645,6 +647,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # end the processes and remove the files first
     warnings.simplefilter("ignore")  # advice of the frameworks
     logging.disable(logging.WARNING)
     device, failed = tb.pick_device(), False

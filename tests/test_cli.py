@@ -207,7 +207,7 @@ class Options(unittest.TestCase):
             (["--model", long], "'mlp', 'cnn'"),
             (["--model", long.replace(" ", "\n")], "--model: invalid choice"),
             ([f"--quiet={long}"], "--quiet: ignored explicit argument"),
-            ([long], "unrecognized arguments"),
+            (["x\ny" * 50_000], "unrecognized arguments"),
             (["word"] * 50_000, "unrecognized arguments"),
         ):
             code, line = parse(*argv)

@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from tests.common import ROOT
@@ -190,7 +191,8 @@ class Watch(RunCase):
         standard: dict[str, Any] = {"epoch": 0, "batch": 0, "best_epoch": None, "last_loss": None}
         lists: dict[str, Any] = {name: [] for name in ("epoch_records", "on_step_end", "on_epoch_end")}
         history: dict[str, Any] = {name: [] for name in names}
-        return SimpleNamespace(**{"history": history, "metrics": {}} | standard | lists | more)
+        standard |= {"history": history, "metrics": {}, "criterion": nn.NLLLoss()}
+        return SimpleNamespace(**standard | lists | more)
 
     def train(self, trainer: Any, batches: int, seconds: float = 0.5, **values: Any) -> None:
         """Take the steps up to `batches` of an epoch; with `values`, end it."""

@@ -82,9 +82,9 @@ class ScriptCase(unittest.TestCase):
         with watched(stop_at(step)):
             code, _, err = call(*SMALL, "--output", self.folder / name, *more)
         self.assertEqual(code, 128 + signal.SIGTERM, err)
-        command, saved = err.splitlines()
-        self.assertEqual(shlex.split(command)[-2:], ["--resume", str(self.folder / name)])
+        saved, command = err.split("; continue with: ")
         self.assertEqual(saved, f"SIGTERM: saved {self.folder}/{name}/checkpoints/step-{step:08}.pt")
+        self.assertEqual(shlex.split(command)[-2:], ["--resume", str(self.folder / name)])
         return self.folder / name
 
     def refused(self, *argv: Any, text: str = "", code: int = 2, main: Any = script.main) -> None:
@@ -217,7 +217,7 @@ class Run(ScriptCase):
         self.assertEqual((args.model, args.epochs, args.ema, args.tta, args.lr), ("widevgg", 3, 0.999, True, 3e-3))
         code, out, err = call(*SMALL[:4], *SMALL[8:], "--preset", "speedrun", "--dry-run")
         self.assertEqual((code, err), (0, ""))
-        self.assertIn("fastnet", out)
+        self.assertIn("FastNet", out)
 
     def test_each_option_reaches_the_training(self) -> None:
         seen: list[tuple[bool, bool]] = []

@@ -276,7 +276,7 @@ def flip_any(row: Row, path: Path) -> None:
 
 
 def damaged(row: Row) -> None:
-    """Flipped bits and cut files are seen before torch reads them. The newest intact one is used; if none is: exit 2."""
+    """Flipped bits and cut files are seen before torch reads them; the newest intact one is used, without one: exit 2."""
     flipped_bits(row)
     expected, _ = undisturbed(row, *SMALL)
     original = interrupted_run(row)

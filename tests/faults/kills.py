@@ -100,8 +100,8 @@ def signalled(row: Row) -> None:
             at = row.random.randint(1, 2 if place == "validation" else 6)
             child = start(disturbed(run, place, at, send_self(signum, times), reached), run)
             problems = exit_problems(child, 128 + signum if times == 1 else -signum)
-            line = f"{signum.name}: saved {run}/checkpoints/step-{reached.value:08d}.pt\n" if times == 1 else ""
-            problems += [f"printed {child.err!r}, expected {line!r}"] * (not child.err.endswith(line))
+            line = f"{signum.name}: saved {run}/checkpoints/step-{reached.value:08d}.pt" if times == 1 else ""
+            problems += [f"printed {child.err!r}, expected {line!r}"] * (line not in child.err)
             name = f"{times} × {signum.name} in {place} {at}"
             row.case(name, problems, resume_problems(run, expected, *SMALL))
     for number in range(row.pick(30, 1)):
