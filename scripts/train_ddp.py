@@ -172,11 +172,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = distributed.own_device(tb.pick_device(args.device))
     with distributed.process_group(device, args.timeout), contextlib.ExitStack() as stack:
-        train(args, device, stack)
-    return 0
+        return train(args, device, stack)
 
 
-def train(args: argparse.Namespace, device: torch.device, stack: contextlib.ExitStack) -> None:
+def train(args: argparse.Namespace, device: torch.device, stack: contextlib.ExitStack) -> int:
     threads = distributed.set_threads()
     if device.type == "cpu":
         tb.cache_cpu_memory()  # a quarter of a step on a CPU would be page faults
@@ -217,7 +216,12 @@ def train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exit
                   f"{tb.device_name(device)}; {precision}".strip())  # fmt: skip
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
     started = time.monotonic()
-    trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
+    try:
+        trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
+    except tb.Interrupted as stop:
+        if run is not None:
+            print(f"{stop}; continue with the same command and --resume {shlex.quote(args.output)}", file=sys.stderr)
+        return 128 + stop.signum
     seconds = time.monotonic() - started
     result = judge(trainer, Path(args.output) / "checkpoints" / "best.pt", test_loader)
     if run is not None:
@@ -226,6 +230,7 @@ def train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exit
               f"validation {result['best_val_accuracy']:.2%}, "
               f"test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f})")  # fmt: skip
         print(f"training took {seconds:.1f} s\nfiles:    {run.path}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -320,7 +320,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
         except tb.Interrupted as stop:
-            print(f"{stop}; continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}", file=sys.stderr)
+            hint = f"; continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}"
+            print(f"{stop}{'' if args.dry_run else hint}", file=sys.stderr)
             return 128 + stop.signum
         seconds = time.monotonic() - started
         result = judge(args, trainer, run.checkpoints / "best.pt", test_loader)

@@ -101,7 +101,8 @@ class OneProcess(DdpCase):
     def test_a_run_stopped_by_sigterm_ends_as_if_never_stopped(self) -> None:
         with single.watched(single.stop_at(14)):
             code, _, err = single.call(*SMALL, "--output", "a", main=script.main)
-        self.assertEqual((code, err), (143, "SIGTERM: saved a/checkpoints/step-00000014.pt\n"))
+        saved = "SIGTERM: saved a/checkpoints/step-00000014.pt; continue with the same command and --resume a\n"
+        self.assertEqual((code, err), (143, saved))
         self.refused("--resume", "a", "--lr", 1, main=script.main, text="--lr 1.0 differs from the run's 0.003")
         self.assertEqual(single.call("--resume", "a", "--save-every", 5, main=script.main)[0], 0)
         single.call(*SMALL, "--output", "b", main=script.main)

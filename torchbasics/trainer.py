@@ -468,11 +468,11 @@ class Trainer:
         self.compare_counts()
         for position, loss in enumerate(losses, start=number - len(losses) + 1):
             if not math.isfinite(loss):
-                raise NonFiniteLoss(f"the loss is {loss} in batch {position}{self.blame(batch)}, {self.where()}")
+                raise NonFiniteLoss(f"the loss is {loss} in batch {position}, {self.where()}{self.blame(batch)}")
         self.last_loss = next((loss for loss in reversed(losses) if loss), self.last_loss)
 
     def blame(self, batch: Any) -> str:
-        """Return which module made the first NaN or infinite value, in parentheses, or nothing if that is not found."""
+        """Return which module made the first NaN or infinite value, or nothing if that is not found."""
         if batch is None or distributed.is_sharded(self.model):
             return ""
         wrapped, self.model = self.model, distributed.unwrap(self.model)
@@ -484,7 +484,7 @@ class Trainer:
         try:
             with contextlib.suppress(Exception):  # the loss itself is worth more than its cause
                 culprit = find_nonfinite(self.model, loss)
-                return f" ({culprit})" if culprit else ""
+                return f"; {culprit}" if culprit else ""
         finally:
             self.model = wrapped
         return ""

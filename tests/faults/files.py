@@ -209,7 +209,7 @@ def strace_missing(row: Row) -> str:
     if not shutil.which("strace"):
         return "it is not installed"
     try:
-        child = traced(lambda gate: gate() or os.sync(), row.new("probe"), "inject=sync:signal=SIGKILL")  # type: ignore[func-returns-value]
+        child = traced(lambda gate: [gate(), os.sync()], row.new("probe"), "inject=sync:signal=SIGKILL")  # type: ignore
     except (OSError, RuntimeError) as error:
         return f"it does not work ({error})"
     return "" if child.code == -9 else "it cannot inject"
@@ -276,7 +276,7 @@ def flip_any(row: Row, path: Path) -> None:
 
 
 def damaged(row: Row) -> None:
-    """Flipped bits and cut files are seen before torch reads them; the newest intact one is used, without one: exit 2."""
+    """Flipped bits and cut files are seen before torch reads them; the newest intact one is used. Without: exit 2."""
     flipped_bits(row)
     expected, _ = undisturbed(row, *SMALL)
     original = interrupted_run(row)
