@@ -202,6 +202,22 @@ class ResumeTest(unittest.TestCase):
             self.assertTrue(same_weights(straight.model, second.model))
             self.assertEqual(straight.history, second.history)
 
+    def test_the_end_of_a_run_that_was_stopped_in_its_last_validation_is_saved(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(2):
+                trainer = make_trainer(folder, (2, "validation"), save_every=2)
+                trainer.resume()
+                with self.assertRaises(tb.Interrupted):
+                    train(trainer, LOADERS["list"])
+                self.assertIsNotNone(trainer.pending)
+            finished = make_trainer(folder, save_every=2)
+            finished.resume()
+            train(finished, LOADERS["list"])
+            again = make_trainer(folder, save_every=2)
+            again.resume()
+            self.assertIsNone(again.pending)
+            self.assertEqual(again.history, finished.history)
+
     def test_early_stopping_goes_on_counting_after_a_resume_and_a_stopped_run_stays_stopped(self) -> None:
         def trainer(folder: str, patience: int) -> tb.Trainer:
             torch.manual_seed(0)

@@ -93,6 +93,7 @@ def run(
             stream.reconfigure(errors="backslashreplace")  # escape what the terminal cannot encode
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *args, **kwargs: _print(f"warning: {message}")
+        warnings.filterwarnings("once", category=UserWarning)
         try:
             code: Any = main(argv) or 0
         except SystemExit as stop:  # from --help and from the parser's errors

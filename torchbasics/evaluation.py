@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .device import autocast, preserved_random_state
 
-Figure = tuple[str, Tensor, float, "Tensor | float"]  # name, value, what to multiply it by, its weight
+# A part of a mean: (name, value, factor, weight). The mean is the sum of value * factor over the sum of the weights.
+Figure = tuple[str, "Tensor | float", float, "Tensor | float"]
 
 
 def evaluate(
@@ -109,7 +110,7 @@ class Means:
 
     def __init__(self, sums: Mapping[str, list[float]] | None = None) -> None:
         self.sums = {name: list(pair) for name, pair in (sums or {}).items()}  # name: [weighted sum, weight]
-        self.waiting: list[list[Figure]] = []  # one list per batch
+        self.waiting: list[list[Figure]] = []
 
     def add(self, figures: list[Figure]) -> None:
         """Add the figures of one batch: (name, value, factor, weight); value times factor is its part of the sum."""

@@ -33,7 +33,7 @@ from .device import autocast, pick_precision, preserved_random_state, random_sta
 from .evaluation import Figure, Means
 from .monitors import find_nonfinite
 
-Window = list[tuple[Any, float]]  # batches on the device, each with what its loss is a mean over
+Window = list[tuple[Any, float]]  # batches on the device, each with the number of targets that its loss averages
 
 
 class NonFiniteLoss(RuntimeError):
@@ -67,7 +67,8 @@ class Trainer:
             `scheduler_interval = "step"`, or `scheduler_interval` says so. ReduceLROnPlateau gets the monitored value.
         precision: "fp32", "bf16", "fp16" (with loss scaling) or "auto" (bf16 where the hardware computes in it).
         accumulate: how many batches make one optimizer step, as if they were one batch.
-        clip_norm, clip_value: limits for the gradient's total norm and for its entries.
+        clip_norm, clip_value: limits for the gradient's total norm and for its entries. With `clip_norm` the history
+            has the mean norm before clipping as "grad_norm".
         averages: an averaged model (`optim.averaged_copy`), updated after each step; it is validated and kept as best.
         metrics: functions by name; `metric(outputs, targets)` returns one value per target (NaN does not count) or
             their mean. {"top5": top5} appears in the history as train_top5 and val_top5.
@@ -115,8 +116,8 @@ class Trainer:
         self.optimizer = optimizer
         self.scheduler = scheduler
         by_step = isinstance(scheduler, (OneCycleLR, CyclicLR))
-        usual = getattr(scheduler, "scheduler_interval", "step" if by_step else "epoch")
-        self.scheduler_interval = scheduler_interval or usual
+        default_interval = getattr(scheduler, "scheduler_interval", "step" if by_step else "epoch")
+        self.scheduler_interval = scheduler_interval or default_interval
         self.precision = pick_precision(precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.accumulate = accumulate
@@ -145,7 +146,7 @@ class Trainer:
         self.means = Means()  # of the training epoch at hand
         self.validation_means = Means()  # of the last `validate`
         self.pending: dict[str, float] | None = None  # training means of an epoch that awaits validation
-        self.saved_at: tuple[Path, int, int, int] | None = None  # the last save: path, step, epoch, batch
+        self.saved_at: tuple[Path, int, int, int] | None = None  # the last save: path and position
         self.signum = 0  # a signal that this process has got
         self.agreed_signum = 0  # a signal that all processes know of
 
@@ -158,10 +159,7 @@ class Trainer:
 
         weight = getattr(criterion, "weight", None)
         self.class_weight = weight.cpu() if isinstance(weight, Tensor) else None  # batches are counted on the host
-        own = type(self)
-        self.default_loss = own.compute_loss is Trainer.compute_loss
-        self.default_count = self.default_loss and own.count_targets is Trainer.count_targets
-        self.counts: list[tuple[Tensor, float]] = []  # expected and given counts, to be compared
+        self.counts: list[tuple[Any, float]] = []  # (count of the class targets, count_targets(batch)), to be compared
         self.check_setup()
 
     def fit(
@@ -232,7 +230,7 @@ class Trainer:
     def windows(self, loader: Iterable) -> Iterator[tuple[Window, float]]:
         """Yield what is left of this epoch, `accumulate` batches at a time, with the count of all processes.
 
-        A window is drawn only when the one before is done, so that a state saved between two has drawn nothing ahead.
+        A window is drawn only when the one before is done, so a saved state has read no batch that is not trained yet.
         """
         batches = self.start_loader(loader)
         while not self.exhausted:
@@ -258,15 +256,16 @@ class Trainer:
         self.optimizer.zero_grad()
         for i, (batch, count) in enumerate(window, start=1):
             if not count and distributed.world_size() == 1:
+                self.means.add([("loss", 0.0, 0.0, 0.0)])  # nothing to learn from
                 continue
             with distributed.gradient_sync(self.model, wanted=i == len(window)):
                 loss, figures = self.forward(batch, count)
                 self.means.add(figures)
                 if len(self.means.waiting) >= self.log_every:
                     self.read_losses(self.batch + i, batch)
-                # Unequal batches count by their targets. DDP and FSDP take the mean over the processes, not the sum.
-                share = count * distributed.world_size() / total if count else 1.0
-                self.scaler.scale(loss if share == 1 else loss * share).backward()
+                # Unequal batches count by their targets. DDP and FSDP average over processes: their number makes a sum.
+                loss_weight = count / total * distributed.world_size() if count else 1.0
+                self.scaler.scale(loss if loss_weight == 1 else loss * loss_weight).backward()
         if not self.update():
             return False
         self.step += 1
@@ -282,15 +281,19 @@ class Trainer:
             loss, outputs, targets = self.compute_loss(batch)
         if self.step == 0:
             self.check_loss(loss)
-        if not count:  # other processes count something: take part in backward, which must reach the whole model
+        if not count:  # other processes have targets: run backward with a zero loss, so that gradients synchronise
             zero = (0 * evaluation.first_tensor(outputs)).sum()
             return zero, [("loss", zero.detach(), 0.0, 0.0)]
         loss = loss.reshape(())
-        if not self.default_count and evaluation.is_classification(self.criterion) and isinstance(targets, Tensor):
-            self.counts.append((evaluation.count_classes(targets, self.criterion), count))
         figures: list[Figure] = [("loss", loss.detach(), count, count)]
-        if "acc" not in self.metrics:
-            figures += evaluation.accuracy_figures(self.criterion, outputs, targets)
+        if evaluation.is_classification(self.criterion) and isinstance(targets, Tensor):
+            accuracy = evaluation.accuracy_figures(self.criterion, outputs, targets)
+            figures += accuracy if "acc" not in self.metrics else []
+            weighted = self.criterion.weight is not None  # type: ignore[union-attr]
+            expected = (
+                accuracy[0][3] if accuracy and not weighted else evaluation.count_classes(targets, self.criterion)
+            )
+            self.counts.append((expected, count))
         if self.metrics and targets is not None:
             figures += self.metric_figures(outputs, targets)
         return loss, figures
@@ -298,7 +301,8 @@ class Trainer:
     def compute_loss(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Return (loss, outputs, targets) of one batch on the device, in training and in validation. Override me.
 
-        The loss is a mean over `count_targets(batch)` terms. Outputs and targets go to the metrics; None for none.
+        The loss is a mean over `count_targets(batch)` terms. Outputs and targets go to the metrics (None for none),
+        which may also report parts of the loss from whatever `outputs` holds.
         `self.model` is the model in training, the bare or averaged one in `validate`.
         """
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
@@ -482,7 +486,7 @@ class Trainer:
                 return self.compute_loss(batch)[0]
 
         try:
-            with contextlib.suppress(Exception):  # the loss itself is worth more than its cause
+            with contextlib.suppress(Exception):  # the search for the cause must not hide the error itself
                 culprit = find_nonfinite(self.model, loss)
                 return f"; {culprit}" if culprit else ""
         finally:
@@ -502,11 +506,11 @@ class Trainer:
     def compare_counts(self) -> None:
         """Raise ValueError if `count_targets` differs from the class targets that `compute_loss` returned."""
         counts, self.counts = self.counts, []
-        expected = evaluation.fetch([tensor for tensor, _ in counts])
-        for wanted, (_, given) in zip(expected, counts, strict=True):
-            if not math.isclose(wanted, given, rel_tol=1e-5):
+        numbers = evaluation.fetch([tensor for tensor, _ in counts])
+        for expected, (_, given) in zip(numbers, counts, strict=True):
+            if not math.isclose(expected, given, rel_tol=1e-5):
                 raise ValueError(
-                    f"the loss of this batch is a mean over {wanted:g} targets, but count_targets(batch) returned "
+                    f"the loss of this batch is a mean over {expected:g} targets, but count_targets(batch) returned "
                     f"{given:g}; override count_targets to return the former"
                 )
 
@@ -642,7 +646,7 @@ class Trainer:
         path = checkpoint.step_path(self.checkpoint_dir, self.step)
         if distributed.is_main():
             checkpoint.save_step(state, self.checkpoint_dir, self.step)
-        self.saved_at = (path, self.step, self.epoch, self.batch)
+        self.saved_at = (path, *self.position())
         return path
 
     def save_best(self, values: dict[str, float]) -> None:
@@ -664,8 +668,11 @@ class Trainer:
 
     def is_saved(self) -> bool:
         """Return whether the state at hand is saved already."""
-        here = (self.step, self.epoch, self.batch)
-        return self.saved_at is not None and self.saved_at[1:] == here and self.pending is None
+        return self.saved_at is not None and self.saved_at[1:] == self.position() and self.pending is None
+
+    def position(self) -> tuple[int, int, int]:
+        """Return how far the training is: steps, epochs that were validated, batches of this epoch."""
+        return self.step, len(self.epoch_records), self.batch
 
     def resume(self) -> Path | None:
         """Load the newest intact checkpoint of `checkpoint_dir`; return its path, or None if there is none.
@@ -684,7 +691,7 @@ class Trainer:
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             text = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise checkpoint.CheckpointError(f"{path}: does not fit: {text}; resume with the same set-up") from error
-        self.saved_at = (path, self.step, self.epoch, self.batch)
+        self.saved_at = (path, *self.position())
         return path
 
     def state_dict(self) -> dict[str, Any]:
@@ -798,13 +805,14 @@ class Trainer:
 
     def check_setup(self) -> None:
         """Raise ValueError for arguments that cannot be trained with."""
+        default_loss = type(self).compute_loss is Trainer.compute_loss
         reduction = getattr(self.criterion, "reduction", "mean")
-        if self.default_loss and reduction not in ("mean", "batchmean"):
+        if default_loss and reduction not in ("mean", "batchmean"):
             raise ValueError(f"the criterion must have reduction='mean', got {reduction!r}; else override compute_loss")
-        if self.default_loss and self.criterion is None:
+        if default_loss and self.criterion is None:
             raise ValueError("criterion=None needs a subclass that overrides compute_loss")
-        if "loss" in self.metrics:
-            raise ValueError("a metric cannot be named 'loss'; choose another name")
+        for name in self.metrics.keys() & {"loss", "grad_norm"}:
+            raise ValueError(f"a metric cannot be named {name!r}; choose another name")
         if self.scheduler_interval not in ("step", "epoch"):
             raise ValueError(f"scheduler_interval must be 'step' or 'epoch', got {self.scheduler_interval!r}")
         for name in ("accumulate", "clip_norm", "clip_value", "save_every", "log_every"):
