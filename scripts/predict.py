@@ -97,7 +97,7 @@ def load_member(path: str, args: argparse.Namespace) -> tuple[nn.Module, dict[st
         options = " ".join("--" + name.replace("_", "-") for name in missing)
         raise ValueError(f"{path}: its metadata has no {', '.join(missing)}; "
                          f"train with Trainer(metadata={{{missing[0]!r}: …}}), or give {options}")  # fmt: skip
-    facts["num_classes"] = len(facts["classes"])
+    facts |= {"classes": tuple(facts["classes"]), "num_classes": len(facts["classes"])}
     model = make_model(facts, own=args.model)
     member = Normalised(model, facts["mean"], facts["std"]).eval()
     try:
@@ -257,7 +257,7 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
 def judge(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
     """Print the accuracy on the test images of a data set, its interval, and the worst confusions."""
     test = tb.load_images(args.dataset, args.data_dir, train=False)
-    shape, classes = (facts["in_channels"], facts["image_size"], facts["image_size"]), tuple(facts["classes"])
+    shape, classes = (facts["in_channels"], facts["image_size"], facts["image_size"]), facts["classes"]
     if (test.inputs.shape[1:], test.classes) != (shape, classes):
         raise ValueError(f"--dataset {args.dataset}: its classes or image size are not those of the model")
     loader = tb.TensorLoader(test.inputs, test.targets, 250, device=device)  # from 0 to 1: members normalise

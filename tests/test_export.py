@@ -35,7 +35,7 @@ MODEL: nn.Module
 INPUTS: Tensor  # (300, 1, 28, 28), what the script compares on
 TARGETS: Tensor
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
-BUSY = hasattr(os, "getloadavg") and os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
+BUSY = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
 QUANTIZES = torch.backends.quantized.engine != "none" and importlib.util.find_spec("torch.ao.quantization") is not None
 
 

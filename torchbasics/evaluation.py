@@ -149,13 +149,13 @@ class Means:
 
 
 def fetch(values: list[Any]) -> list[float]:
-    """Return numbers and 0-d tensors as floats, with one transfer from an accelerator."""
+    """Return numbers and 0-d tensors as numbers, with one transfer from an accelerator."""
     remote = [value for value in values if isinstance(value, Tensor) and value.device.type != "cpu"]
-    if not remote:
-        return [float(value) for value in values]
-    dtype = torch.float32 if remote[0].device.type == "mps" else torch.float64
-    numbers = iter(torch.stack([value.to(dtype) for value in remote]).tolist())
-    return [next(numbers) if isinstance(v, Tensor) and v.device.type != "cpu" else float(v) for v in values]
+    if remote:
+        dtype = torch.float32 if remote[0].device.type == "mps" else torch.float64
+        numbers = iter(torch.stack([value.to(dtype) for value in remote]).tolist())
+        values = [next(numbers) if isinstance(v, Tensor) and v.device.type != "cpu" else v for v in values]
+    return [value.item() if isinstance(value, Tensor) else value for value in values]
 
 
 def count_targets(batch: Any, criterion: Any = None, class_weight: Tensor | None = None) -> float:
@@ -193,13 +193,17 @@ def are_class_scores(outputs: Any, targets: Any) -> bool:
     return not targets.is_floating_point() and outputs.shape[:1] + outputs.shape[2:] == targets.shape
 
 
-def accuracy_figures(criterion: Any, outputs: Any, targets: Any) -> list[Figure]:
-    """Return [("acc", correct, 1, targets that count)] for a classification loss and class scores, else []."""
+def accuracy_figures(criterion: Any, outputs: Any, targets: Any, count: float | None = None) -> list[Figure]:
+    """Return [("acc", correct, 1, targets that count)] for a classification loss and class scores, else [].
+
+    `count` is the number of targets that are not ignored, if it is known already.
+    """
     if not (is_classification(criterion) and are_class_scores(outputs, targets)):
         return []
-    kept = targets != criterion.ignore_index
-    correct = (outputs.detach().argmax(1) == targets) & kept
-    return [("acc", correct.sum(), 1.0, kept.sum())]
+    correct = outputs.argmax(1) == targets
+    if criterion.ignore_index >= 0:  # an ignored target below 0 is never predicted
+        correct &= targets != criterion.ignore_index
+    return [("acc", correct.sum(), 1.0, (targets != criterion.ignore_index).sum() if count is None else count)]
 
 
 def in_float32(outputs: Any) -> Any:

@@ -78,7 +78,7 @@ class Trainer:
         checkpoint_dir: where the state is saved after each epoch, or every `save_every` steps, with the best weights as
             best.pt. SIGINT, SIGTERM and SIGUSR1 then save after the step at hand and raise Interrupted.
         metadata: plain values to store in every checkpoint.
-        log_every: how many batches' losses wait on an accelerator to be read at once. A CPU reads each.
+        log_every: how many batches' losses wait on an accelerator to be read at once. On a CPU each is looked at.
         on_step_end, on_epoch_end: functions called with this Trainer.
 
     Attributes: `history` (a list per name, one entry per epoch), `epoch` (epochs done), `batch` (batches done in this
@@ -130,7 +130,7 @@ class Trainer:
         self.checkpoint_dir = Path(checkpoint_dir) if checkpoint_dir is not None else None
         self.save_every = save_every
         self.metadata = dict(metadata or {})
-        self.log_every = 1 if self.device.type == "cpu" else log_every
+        self.log_every = log_every
         self.on_step_end = list(on_step_end)
         self.on_epoch_end = list(on_epoch_end)
 
@@ -261,7 +261,7 @@ class Trainer:
             with distributed.gradient_sync(self.model, wanted=i == len(window)):
                 loss, figures = self.forward(batch, count)
                 self.means.add(figures)
-                if len(self.means.waiting) >= self.log_every:
+                if len(self.means.waiting) >= self.log_every or self.is_suspect(loss):
                     self.read_losses(self.batch + i, batch)
                 # Unequal batches count by their targets. DDP and FSDP average over processes: their number makes a sum.
                 loss_weight = count / total * distributed.world_size() if count else 1.0
@@ -284,16 +284,14 @@ class Trainer:
         if not count:  # other processes have targets: run backward with a zero loss, so that gradients synchronise
             zero = (0 * evaluation.first_tensor(outputs)).sum()
             return zero, [("loss", zero.detach(), 0.0, 0.0)]
-        loss = loss.reshape(())
+        loss = loss.sum() if loss.dim() else loss  # of one element
         figures: list[Figure] = [("loss", loss.detach(), count, count)]
         if evaluation.is_classification(self.criterion) and isinstance(targets, Tensor):
-            accuracy = evaluation.accuracy_figures(self.criterion, outputs, targets)
-            figures += accuracy if "acc" not in self.metrics else []
-            weighted = self.criterion.weight is not None  # type: ignore[union-attr]
-            expected = (
-                accuracy[0][3] if accuracy and not weighted else evaluation.count_classes(targets, self.criterion)
-            )
-            self.counts.append((expected, count))
+            if not self.is_counted(batch, targets):
+                self.counts.append((evaluation.count_classes(targets, self.criterion), count))
+            if "acc" not in self.metrics:
+                known = count if self.criterion.weight is None else None  # type: ignore[union-attr]
+                figures += evaluation.accuracy_figures(self.criterion, outputs, targets, known)
         if self.metrics and targets is not None:
             figures += self.metric_figures(outputs, targets)
         return loss, figures
@@ -319,6 +317,11 @@ class Trainer:
         """
         return evaluation.count_targets(batch, self.criterion, self.class_weight)
 
+    def is_counted(self, batch: Any, targets: Tensor) -> bool:
+        """Return whether `count_targets` is the default and has counted these very targets."""
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and targets is batch[1]
+        return pair and type(self).count_targets is Trainer.count_targets
+
     @torch.no_grad()
     def metric_figures(self, outputs: Any, targets: Any) -> list[Figure]:
         """Return the figures of `metrics`, which are weighted by targets, never by class weights."""
@@ -336,13 +339,12 @@ class Trainer:
 
     def update(self) -> bool:
         """Unscale and clip the gradient, then step the optimizer. Return whether the step was taken."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         norm = None
         if self.clip_value is not None:
-            nn.utils.clip_grad_value_(parameters, self.clip_value)
+            nn.utils.clip_grad_value_(self.trained_parameters(), self.clip_value)
         if self.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self.trained_parameters(), self.clip_norm)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -356,6 +358,10 @@ class Trainer:
             norm = norm.full_tensor() if distributed.is_sharded(self.model) else norm  # type: ignore[attr-defined]
             self.means.add([("grad_norm", norm, 1.0, 1.0)])
         return True
+
+    def trained_parameters(self) -> list[Tensor]:
+        """Return the parameters that the optimizer holds, those of a criterion that learns included."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @torch.no_grad()
     def validate(self, loader: Iterable) -> tuple[float, float | None]:
@@ -465,6 +471,13 @@ class Trainer:
         return "  ".join(parts)
 
     # What fit and train_one_epoch call: losses, processes, the loader's position, signals.
+
+    def is_suspect(self, loss: Tensor) -> bool:
+        """Return whether to read at once: on a CPU, where that waits for nothing, a loss that is not finite or a count."""
+        if self.device.type != "cpu":
+            return False
+        self.last_loss = loss.item()
+        return bool(self.counts) or not math.isfinite(self.last_loss)
 
     def read_losses(self, number: int, batch: Any = None) -> None:
         """Read the losses that wait on the device, up to that of batch `number`; raise NonFiniteLoss if one is."""
@@ -837,8 +850,7 @@ class Trainer:
     def check_optimizer(self) -> None:
         """Raise ValueError for an optimizer that trains something else, or that needs a closure."""
         own = {id(parameter) for parameter in self.model.parameters()}
-        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        if not any(id(parameter) in own for parameter in held):
+        if not any(id(parameter) in own for parameter in self.trained_parameters()):
             raise ValueError("the optimizer holds none of the model's parameters; make it from model.parameters()")
         closure = inspect.signature(type(self.optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
