@@ -473,7 +473,7 @@ class Trainer:
     # What fit and train_one_epoch call: losses, processes, the loader's position, signals.
 
     def is_suspect(self, loss: Tensor) -> bool:
-        """Return whether to read at once, on a CPU, which does not have to wait: for a bad loss, or to compare counts."""
+        """Return whether to read at once, on a CPU, which need not wait: for a bad loss, or to compare counts."""
         if self.device.type != "cpu":
             return False
         self.last_loss = loss.item()
