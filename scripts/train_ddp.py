@@ -35,12 +35,24 @@ from torchbasics import cli, distributed
 ROTATION, SHIFT, SCALING = 10.0, 0.1, 0.1
 # These may change when a run is resumed. All others decide its course.
 FREE_ON_RESUME = {"output", "resume", "quiet", "debug", "data_dir", "save_every", "timeout", "fsdp"}
+STRATEGIES = """
+which strategy, and when; the figures are what a model of 1 and of 7 billion parameters takes on each device for
+float32 weights, gradients and AdamW's two averages, before activations (MemoryTracker.estimate_model_memory):
+  DDP (default)      16 and 112 GB: every process holds a whole copy. Use it as long as one fits.
+  FSDP (--fsdp)      2 and 14 GB on 8 devices: each holds its part, and a layer is gathered when it is needed.
+  model parallelism  2 and 14 GB on 8 devices: each computes a part of the model (torch.distributed.pipelining,
+                     torch.distributed.tensor.parallel). Use it when one layer is too large, or FSDP waits too long.
+  DataParallel       16 and 112 GB: threads of one process. It is slower than DDP; torch keeps it for old code.
+Beyond these, DeepSpeed moves parameters and optimizer state to the host's memory or to disks.
+"""
 OUT_OF_MEMORY = "use half the --batch-size with --accumulate 2, then --precision bf16, then --fsdp or more processes"
 
 
 def make_parser() -> cli.Parser:
     positive, fraction, rate = cli.number(int, 1), cli.number(float, 0, 0.999999), cli.number(float, 0, strict=True)
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(
+        description=__doc__, epilog=STRATEGIES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="auto", choices=("auto", "mnist", "fashion-mnist", "kmnist", "digits"),
         help="auto: MNIST, or drawn digits without it (default: auto)")
@@ -156,8 +168,8 @@ def judge(trainer: tb.Trainer, best: Path, loader: Any) -> dict[str, Any]:
     distributed.load_weights(trainer.evaluated_model, tb.load_checkpoint(best)["model_state_dict"])
     logits, targets = tb.predict_all(trainer.evaluated_model, loader, trainer.device, precision=trainer.precision)
     loss = F.cross_entropy(logits.double(), targets, reduction="sum")
-    sums = torch.stack([loss, (logits.argmax(1) == targets).sum(), torch.tensor(len(targets))])
-    loss_sum, correct, count = distributed.all_reduce_sums(sums).tolist()
+    parts = distributed.all_gather([loss.item(), (logits.argmax(1) == targets).sum().item(), len(targets)])
+    loss_sum, correct, count = (sum(column) for column in zip(*parts, strict=True))
     return {
         "test_accuracy": correct / count,
         "test_loss": loss_sum / count,

@@ -58,7 +58,6 @@ class OneProcess(unittest.TestCase):
             distributed.remember("run", "runs/a")
             self.assertIsNone(distributed.recall("run"))
             self.assertEqual(distributed.all_gather([1, 2.5]), [[1, 2.5]])
-            self.assertEqual(distributed.all_reduce_sums(torch.tensor([1, 2])).tolist(), [1, 2])
             self.assertEqual(distributed.gather_objects("own"), ["own"])
             self.assertEqual(distributed.broadcast_object("own"), "own")
             self.assertEqual(distributed.on_main(lambda: 7), 7)
@@ -137,16 +136,13 @@ class Threads(unittest.TestCase):
 
 
 def exchange(rank: int) -> dict[str, Any]:
-    values = torch.tensor([2**60 + rank, 10 * rank])
     try:
         failure = distributed.on_main(lambda: {}["missing"])
-    except (KeyError, RuntimeError) as error:
+    except KeyError as error:
         failure = str(error)
     return {
         "failure": failure,  # after which they still reach each other
         "who": [distributed.rank(), distributed.world_size(), distributed.is_main()],
-        "sums": distributed.all_reduce_sums(values).tolist(),
-        "values": values.tolist(),
         "gathered": distributed.all_gather([rank, 2**53 - 1, 0.1]),
         "objects": distributed.gather_objects({"rank": rank, "tensor": torch.full((2,), rank)}),
         "broadcast": distributed.broadcast_object(["of", rank]),
@@ -199,10 +195,8 @@ def attempt(rank: int, number: int) -> str | None:
 class SeveralProcesses(unittest.TestCase):
     def test_values_and_failures_of_rank_0_reach_all_ranks(self) -> None:
         for rank, found in enumerate(in_processes(3, exchange)):
-            self.assertEqual(found["failure"], "rank 0 failed; its own message says why" if rank else "'missing'")
+            self.assertEqual(found["failure"], "'missing'")
             self.assertEqual(found["who"], [rank, 3, rank == 0])
-            self.assertEqual(found["sums"], [3 * 2**60 + 3, 30])
-            self.assertEqual(found["values"], [2**60 + rank, 10 * rank])  # the caller's tensor stays
             self.assertEqual(found["gathered"], [[r, 2**53 - 1, 0.1] for r in range(3)])
             self.assertEqual([one["rank"] for one in found["objects"]], [0, 1, 2])
             self.assertEqual([one["tensor"].tolist() for one in found["objects"]], [[0, 0], [1, 1], [2, 2]])

@@ -12,7 +12,11 @@ import contextlib
 import datetime
 import inspect
 import itertools
+import multiprocessing
 import os
+import sys
+import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -87,6 +91,8 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
             "MASTER_ADDR and a free MASTER_PORT, or use torchrun --standalone"
         ) from error
     _job_store = dist.PrefixStore("job", store)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     together = False
     try:
         yield
@@ -101,6 +107,16 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
         _job_store = None
         if together or device.type == "cpu":  # after an error nccl would wait for processes that no longer answer
             dist.destroy_process_group()
+
+
+def _leave_with(parent: int) -> None:
+    """End this process and its loaders' workers within a second after torchrun, its parent, was killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    print("torchrun is gone, so this process ends too", file=sys.stderr, flush=True)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(1)
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -150,14 +166,6 @@ def all_gather(values: Sequence[float]) -> list[list[float]]:
     return [part.tolist() for part in gathered]
 
 
-def all_reduce_sums(tensor: Tensor) -> Tensor:
-    """Return the sum of `tensor` over all processes, element by element; `tensor` itself is not changed."""
-    if world_size() > 1:
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def gather_objects(value: T) -> list[T]:
     """Return the values of all processes, by rank: anything that can be pickled, tensors on the CPU."""
     gathered: list[Any] = [value] * world_size()
@@ -175,19 +183,21 @@ def broadcast_object(value: T) -> T:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and return its result on all processes. If it raises, so do all the others.
+    """Call `function` on rank 0 and return its result on all processes. If it raises an exception, all raise it.
 
     The others wait no longer than the process group's timeout.
     """
-    outcome: tuple[bool, Any] = (False, None)
-    try:
-        if rank() == 0:
-            outcome = (True, function())
-    finally:
-        done, result = broadcast_object(outcome)
-    if not done:
-        raise RuntimeError("rank 0 failed; its own message says why")
-    return result
+    outcome: Any = None
+    failed = False
+    if rank() == 0:
+        try:
+            outcome = function()
+        except Exception as error:
+            outcome, failed = error, True
+    outcome, failed = broadcast_object((outcome, failed))
+    if failed:
+        raise outcome
+    return outcome
 
 
 def remember(key: str, value: str) -> None:
