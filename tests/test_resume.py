@@ -250,6 +250,25 @@ class ResumeTest(unittest.TestCase):
             second.resume()
             self.assertEqual(second.best_score, score)
 
+    def test_best_weights_that_are_missing_damaged_or_another_runs_are_found_before_training_goes_on(self) -> None:
+        data = LOADERS["list"]()
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+            for path in (folder, other):
+                make_trainer(path).fit(data, data, 1, verbose=False)
+            best = Path(folder, "best.pt")
+            intact = best.read_bytes()
+            flipped = intact[:500] + bytes([intact[500] ^ 1]) + intact[501:]
+            for content, text in (
+                (Path(other, "best.pt").read_bytes(), "best.pt: from another run"),
+                (flipped, "best.pt: damaged"),
+                (None, "best.pt: missing"),
+            ):
+                best.unlink() if content is None else best.write_bytes(content)
+                with self.assertRaisesRegex(tb.CheckpointError, text):
+                    make_trainer(folder).resume()
+            best.write_bytes(intact)
+            self.assertIsNotNone(make_trainer(folder).resume())
+
     def test_a_checkpoint_of_another_setup_is_refused_with_its_file(self) -> None:
         data = LOADERS["list"]()
         with tempfile.TemporaryDirectory() as folder:

@@ -488,7 +488,7 @@ class StoppingTest(unittest.TestCase):
         nn.init.constant_(model[0].bias, 5.5)
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(model, rate=5.0, checkpoint_dir=folder)
-            with self.assertRaisesRegex(tb.NonFiniteLoss, r"the loss is nan in batch \d, epoch \d.*; .*1.*Root"):
+            with self.assertRaisesRegex(tb.NonFiniteLoss, r"the loss is nan in batch \d; .*1.*Root"):
                 trainer.fit(batches(8, 8, 8, 8, 8), batches(40), 20, verbose=False)
             for path in Path(folder).glob("*.pt"):
                 weights = tb.load_checkpoint(path)["model_state_dict"].values()
@@ -506,6 +506,18 @@ class StoppingTest(unittest.TestCase):
                 warnings.simplefilter("ignore")
                 trainer.fit(batches(40), batches(40), 1, verbose=False)
             self.assertEqual(list(Path(folder).glob("step*")), [])
+
+    def test_any_failure_says_which_save_it_can_be_repeated_from(self) -> None:
+        def fail(trainer: tb.Trainer) -> None:
+            if trainer.step == 3:
+                raise KeyError("mine")
+
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(checkpoint_dir=folder, save_every=2, on_step_end=[fail])
+            with self.assertRaises(KeyError) as caught:
+                trainer.fit(batches(8, 8, 8, 8, 8), batches(40), 1, verbose=False)
+            saved = Path(folder, "step-00000002.pt")
+            self.assertEqual(caught.exception.__notes__, [f"epoch 1, after 3 steps; saved 1 steps before: {saved}"])
 
 
 class SignalTest(unittest.TestCase):

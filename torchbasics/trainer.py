@@ -17,6 +17,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import secrets
 import signal
 import threading
 import warnings
@@ -33,6 +34,7 @@ from .device import autocast, pick_precision, preserved_random_state, random_sta
 from .evaluation import Figure, Means
 from .monitors import find_nonfinite
 
+ADVICE = "lower the learning rate, clip the gradient (clip_norm=1) or look for bad values in the data"
 Window = list[tuple[Any, float]]  # batches on the device, each with the number of targets that its loss averages
 
 
@@ -146,6 +148,7 @@ class Trainer:
         self.means = Means()  # of the training epoch at hand
         self.validation_means = Means()  # of the last `validate`
         self.pending: dict[str, float] | None = None  # training means of an epoch that awaits validation
+        self.run_id = secrets.token_hex(8)  # in each of this run's checkpoints, best.pt too
         self.saved_at: tuple[Path, int, int, int] | None = None  # the last save: path and position
         self.signum = 0  # a signal that this process has got
         self.agreed_signum = 0  # a signal that all processes know of
@@ -194,6 +197,9 @@ class Trainer:
                     self.save()
         except Interrupted as stop:
             raise Interrupted(stop.signum, self.save()) from None
+        except Exception as error:
+            error.add_note(self.where())
+            raise
         return self.history
 
     def train_one_epoch(self, loader: Iterable) -> tuple[float, float | None]:
@@ -351,7 +357,7 @@ class Trainer:
         if self.scaler.get_scale() < scale:  # it lowers its scale only when it skipped the step
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= 20:
-                raise NonFiniteLoss(f"fp16 skipped 20 steps in a row: each gradient is NaN or infinite, {self.where()}")
+                raise NonFiniteLoss(f"fp16 skipped 20 steps in a row: each gradient is NaN or infinite; {ADVICE}")
             return False
         self.skipped_in_a_row = 0
         if norm is not None:
@@ -485,7 +491,7 @@ class Trainer:
         self.compare_counts()
         for position, loss in enumerate(losses, start=number - len(losses) + 1):
             if not math.isfinite(loss):
-                raise NonFiniteLoss(f"the loss is {loss} in batch {position}, {self.where()}{self.blame(batch)}")
+                raise NonFiniteLoss(f"the loss is {loss} in batch {position}{self.blame(batch)}; {ADVICE}")
         self.last_loss = next((loss for loss in reversed(losses) if loss), self.last_loss)
 
     def blame(self, batch: Any) -> str:
@@ -507,14 +513,11 @@ class Trainer:
         return ""
 
     def where(self) -> str:
-        """Return when something failed, what is saved from before, and what to do."""
-        saved = ""
-        if self.saved_at is not None:
-            saved = f"; saved {self.step - self.saved_at[1]} steps before: {self.saved_at[0]}"
-        return (
-            f"epoch {self.epoch + 1}, after {self.step} steps{saved}; lower the learning rate, clip the gradient "
-            "(clip_norm=1) or look for bad values in the data"
-        )
+        """Return when something failed, and from which save it can be repeated."""
+        place = f"epoch {self.epoch + 1}, after {self.step} steps"
+        if self.saved_at is None:
+            return place
+        return f"{place}; saved {self.step - self.saved_at[1]} steps before: {self.saved_at[0]}"
 
     def compare_counts(self) -> None:
         """Raise ValueError if `count_targets` differs from the class targets that `compute_loss` returned."""
@@ -668,6 +671,7 @@ class Trainer:
         best = {
             "epoch": self.epoch,
             "step": self.step,
+            "run_id": self.run_id,
             "loss": values.get("val_loss", values["train_loss"]),
             "metrics": values,
             "model_state_dict": weights if self.averages is None else distributed.full_weights(self.evaluated_model),
@@ -690,7 +694,8 @@ class Trainer:
     def resume(self) -> Path | None:
         """Load the newest intact checkpoint of `checkpoint_dir`; return its path, or None if there is none.
 
-        Raise CheckpointError if there are some and none is intact, or if it does not fit this Trainer.
+        Raise CheckpointError if there are some and none is intact, if it does not fit this Trainer, or if best.pt is
+        missing, damaged or another run's.
         """
         if self.checkpoint_dir is None:
             raise ValueError("give the Trainer a checkpoint_dir to resume from")
@@ -698,6 +703,7 @@ class Trainer:
         found = distributed.on_main(lambda: checkpoint.load_latest(folder))
         if found is None:
             return None
+        distributed.on_main(lambda: check_best(folder / "best.pt", found[1]))
         path, state = found
         try:
             self.load_state_dict(state)
@@ -718,6 +724,7 @@ class Trainer:
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
+            "run_id": self.run_id,
             "loss": next((loss for loss in losses if loss is not None), self.last_loss),
             "history": {name: list(values) for name, values in self.history.items()},
             "epoch_records": list(self.epoch_records),
@@ -749,6 +756,7 @@ class Trainer:
         self.epoch = state["epoch"]
         self.batch = state["batch"]
         self.step = state["step"]
+        self.run_id = state["run_id"]
         self.history = {name: list(values) for name, values in state["history"].items()}
         self.epoch_records = list(state["epoch_records"])
         self.best_score = state["best_score"]
@@ -926,7 +934,17 @@ class Trainer:
             weights = [weight.to_local() for weight in weights]  # type: ignore[attr-defined]
         finite = bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
         if not all(flag for (flag,) in distributed.all_gather([finite])):
-            raise NonFiniteLoss(f"a weight is NaN or infinite, not saved, {self.where()}")
+            raise NonFiniteLoss(f"a weight is NaN or infinite, so nothing is saved; {ADVICE}")
+
+
+def check_best(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless `path` holds the best weights that a run with this saved state relies on."""
+    if state["best_epoch"] is None:
+        return
+    if not path.exists():
+        raise checkpoint.CheckpointError(f"{path}: missing, the run's best weights; put it back, or start a new run")
+    if checkpoint.load_checkpoint(path).get("run_id") != state["run_id"]:
+        raise checkpoint.CheckpointError(f"{path}: from another run; put this run's back, or start a new one")
 
 
 def monitored(monitor: str | tuple[str, str]) -> tuple[str, str]:
