@@ -1,8 +1,7 @@
-"""The demo scripts on tensors, autograd and networks: every lesson is right. All demos: every coverage ID has one."""
+"""The demos: every lesson is right, and every coverage ID has one."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,39 +16,60 @@ import torch
 from tests.common import ROOT, SCRIPTS, load_script, run_main
 
 CPU = ("--device", "cpu")
+COVERS = {
+    "tensor": {f"T{number}" for number in range(1, 14)},
+    "autograd": {f"A{number}" for number in range(1, 11)},
+    "nn": {f"N{number}" for number in range(1, 12)} | {"M1", "M2", "M3", "M4", "M5", "L14", "P4", "W7"},
+    "data": {f"D{number}" for number in range(1, 9)} | {"M6"},
+    "amp": {"P1"},
+}
 
 
 class Demos(unittest.TestCase):
+    def check_list(self, name: str) -> int:
+        """Check that `--list` has all coverage IDs and no other, and return the number of sections."""
+        main = load_script(f"{name}_demo").main
+        code, listed, _ = run_main(main, "--list")
+        self.assertEqual(code, 0)
+        ids: set[str] = set()
+        for line in listed.splitlines():
+            self.assertRegex(line, r"^[a-z]+\.\w+  +([A-Z]\d+ ?)+  +\S.*[.?]$")  # name, IDs, one sentence
+            ids.update(re.split(r"  +", line)[1].split())
+        self.assertEqual(ids, COVERS[name])
+        return len(listed.splitlines())
+
     def check(self, name: str) -> None:
-        main, random_state = load_script(name).main, torch.get_rng_state()
-        code, out, _ = run_main(main, *CPU, "--json")
-        sections = json.loads(out)["sections"]
-        self.assertEqual([(s["name"], s["error"]) for s in sections if not s["passed"] or not s["values"]], [])
-        self.assertEqual((code, torch.equal(torch.get_rng_state(), random_state)), (0, True))
-        code, out, _ = run_main(main, *CPU, "--json", "--section", sections[-1]["name"])
-        self.assertEqual((code, json.loads(out)["sections"]), (0, sections[-1:]))  # alone it shows the same
+        sections, main = self.check_list(name), load_script(f"{name}_demo").main
+        code, out, _ = run_main(main, *CPU)
+        self.assertEqual(code, 0, out[-2000:])
+        self.assertIn(f"of {sections} sections passed", out)
+        self.assertRegex(out, r"\nTry: .+(\n.+)*\n$")
+        shows = [line for line in out.splitlines() if "→" in line or "✓" in line]
+        self.assertEqual([line for line in shows if len(line) > 80], [])
         if torch.accelerator.is_available():
             code, out, _ = run_main(main)
             self.assertEqual(code, 0, out)
 
     def test_every_lesson_on_tensors_is_right(self) -> None:
-        self.check("tensor_demo")
+        self.check("tensor")
 
     def test_every_lesson_on_autograd_is_right(self) -> None:
-        self.check("autograd_demo")
+        self.check("autograd")
 
     def test_every_lesson_on_networks_is_right(self) -> None:
-        self.check("nn_demo")
+        self.check("nn")
 
-    def test_every_coverage_id_has_a_section_and_none_is_invented(self) -> None:
-        for name, letter, count in (("tensor", "T", 13), ("autograd", "A", 10), ("nn", "N", 11), ("data", "D", 8)):
-            code, listed, _ = run_main(load_script(f"{name}_demo").main, "--list")
-            self.assertEqual(code, 0)
-            ids: set[str] = set()
-            for line in listed.splitlines():
-                self.assertRegex(line, r"^[a-z]+\.\w+  +([A-Z]\d+ ?)+  +\S.*\.$")  # name, IDs, one sentence
-                ids.update(re.split(r"  +", line)[1].split())
-            self.assertEqual(ids, {f"{letter}{number + 1}" for number in range(count)})
+    def test_the_lessons_on_data_cover_all_ids(self) -> None:
+        self.check_list("data")  # test_data_demo runs them, without a network
+
+    def test_every_lesson_on_precision_is_right(self) -> None:
+        self.check("amp")
+
+    def test_a_lesson_alone_shows_what_it_shows_in_a_full_run(self) -> None:
+        main = load_script("tensor_demo").main
+        _, alone, _ = run_main(main, *CPU, "--section", "create.random")
+        _, full, _ = run_main(main, *CPU)
+        self.assertIn(alone.partition("\n1 of 1 sections")[0], full)
 
     def test_a_demo_runs_copied_beside_a_copy_of_the_package_and_leaves_nothing(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -59,8 +79,12 @@ class Demos(unittest.TestCase):
             shutil.copy(SCRIPTS / "tensor_demo.py", project)
             command = [sys.executable, str(project / "tensor_demo.py"), *CPU, "--section", "create.lists"]
             environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-            done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120)
+            environment["PYTHONIOENCODING"] = "utf-8"
+            done = subprocess.run(
+                command, cwd=elsewhere, env=environment, capture_output=True, encoding="utf-8", timeout=120
+            )
             self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertIn("    scalar = torch.tensor(7)\n", done.stdout)
             self.assertIn("1 of 1 sections passed", done.stdout)
             self.assertEqual(os.listdir(elsewhere), [])
 
