@@ -27,6 +27,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 import torchbasics as tb
 from torchbasics import cli
+from torchbasics.report import Judgement
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,12 +59,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("judging").add_argument
     add("--dataset", choices=("mnist", "fashion-mnist", "kmnist", "digits"), help="judge on its test images")
     add("--data-dir", default="./data", type=cli.path_argument, metavar="DIR", help="where it is (default: ./data)")
+    add("--report", type=cli.path_argument, metavar="FILE", help="new HTML page for confusion, classes and mistakes")
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print one JSON object")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     if bool(args.images) == bool(args.dataset):
         parser.error("give image files, or --dataset NAME to judge on its test images")
+    if args.report and (args.images or Path(args.report).exists()):
+        parser.error(f"--report {args.report}: give it with --dataset, and a file that does not exist yet")
     return args
 
 
@@ -114,7 +118,13 @@ def load_member(path: str, args: argparse.Namespace) -> tuple[nn.Module, dict[st
 def make_model(facts: dict[str, Any], own: str | None) -> nn.Module:
     """Return one of our models, or what the module:callable `own` returns. A file alone cannot have code imported."""
     if own is None or ":" not in own:
-        return tb.make_model(facts)
+        if facts["model"] in tb.MODELS:
+            return tb.make_model(facts)
+        from torchvision import models
+
+        if facts["model"] not in models.list_models(module=models):
+            raise ValueError(f"--model {facts['model']}: not one of ours or torchvision's; give module:callable")
+        return models.get_model(facts["model"], weights=None, num_classes=facts["num_classes"])
     module, _, name = own.partition(":")
     sys.path.append(os.getcwd())
     try:
@@ -215,7 +225,14 @@ def look(path: str, facts: dict[str, Any], invert: bool | None) -> Tensor:
             return to_mnist(to_grey(image), invert)[None]
         except ValueError as error:
             raise tb.DataError(f"{path}: {error}") from error
-    image = tb.read_image(path, "L" if channels == 1 else "RGB").resize((size, size), resample=2)  # bilinear
+    image = tb.read_image(path, "L" if channels == 1 else "RGB")
+    if "resize" in facts:  # of train_folder: the middle of the image, as its validation saw it
+        from torchvision.transforms import v2
+
+        resize = v2.Resize(facts["resize"], v2.InterpolationMode(facts["interpolation"]))
+        image = v2.CenterCrop(size)(resize(image))
+    else:
+        image = image.resize((size, size), resample=2)  # bilinear
     pixels = torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1) / 255
     return 1 - pixels if invert else pixels
 
@@ -246,14 +263,6 @@ def predict_files(model: nn.Module, facts: dict[str, Any], args: argparse.Namesp
     return 1 if any("error" in row for row in rows) else 0
 
 
-def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """Return the 95% interval of a share, from 0 to 1, that was `correct` of `count` (Wilson, 1927)."""
-    z, share = 1.959964, correct / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
-
-
 def judge(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
     """Print the accuracy on the test images of a data set, its interval, and the worst confusions."""
     test = tb.load_images(args.dataset, args.data_dir, train=False)
@@ -262,15 +271,11 @@ def judge(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace, dev
         raise ValueError(f"--dataset {args.dataset}: its classes or image size are not those of the model")
     loader = tb.TensorLoader(test.inputs, test.targets, 250, device=device)  # from 0 to 1: members normalise
     outputs, targets = tb.predict_all(model, loader, device)  # (N, classes), (N,)
-    predicted, count = outputs.argmax(1), len(targets)
-    correct = int((predicted == targets).sum())
-    low, high = wilson_interval(correct, count)
-    confusion = torch.bincount(targets * len(classes) + predicted, minlength=len(classes) ** 2)
-    confusion = confusion.view(len(classes), len(classes)).fill_diagonal_(0)  # rows: true class, columns: predicted
-    confused = []  # (true class, predicted class, times), the three worst
-    for times, index in zip(*(part.tolist() for part in confusion.flatten().topk(3)), strict=True):
-        if times:
-            confused.append((classes[index // len(classes)], classes[index % len(classes)], times))
+    judgement = Judgement(outputs, targets, classes, test.inputs)
+    count, correct, (low, high) = judgement.count, judgement.correct, judgement.interval
+    confused = [(true, taken, times) for true, taken, times, _ in judgement.worst_pairs(3)]
+    if args.report:
+        judgement.write(args.report, f"{', '.join(args.checkpoint)} on {args.dataset}", {"dataset": args.dataset})
     if args.json:
         print(json.dumps({"dataset": args.dataset, "images": count, "correct": correct, "accuracy": correct / count,
                           "interval": (low, high), "confusions": confused}, indent=2))  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import shlex
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 import torchbasics as tb
 from torchbasics import cli
+from torchbasics.report import Judgement, Report, count_shared
 
 # Augmentation of the training images, at random for each: degrees, share of the size, share of the size.
 ROTATION, SHIFT, SCALING = 10.0, 0.1, 0.1
@@ -247,29 +249,26 @@ def tensorboard_callback(run: tb.RunDirectory, trainer: tb.Trainer, loader: Any)
     return write
 
 
-def judge(args: argparse.Namespace, trainer: tb.Trainer, best: Path, loader: Any) -> dict[str, Any]:
-    """Look at the test set, once, with the best weights; return the figures."""
-    classes = trainer.metadata["classes"]
+def judge(args: argparse.Namespace, trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[str, Any], Judgement]:
+    """Look at the test set, once, with the best weights; return the figures, and all else that the report shows."""
     if trainer.best_epoch is None:
         raise tb.NonFiniteLoss("no epoch had a finite validation loss; lower --lr or set --clip-norm 1")
     model = trainer.evaluated_model
     model.load_state_dict(tb.load_checkpoint(best)["model_state_dict"])
     judged = tb.ShiftedViews(model) if args.tta else model
     logits, targets = tb.predict_all(judged, loader, trainer.device, precision=trainer.precision)
-    confusion = torch.bincount(targets * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
-    confusion = confusion.view(len(classes), len(classes))  # rows: true class, columns: predicted
-    shares = (confusion.diagonal() / confusion.sum(1)).tolist()  # NaN for a class without test images
+    judgement = Judgement(logits, targets, trainer.metadata["classes"], images=loader.dataset)
     return {
-        "test_accuracy": float(confusion.trace() / confusion.sum()),
+        "test_accuracy": judgement.accuracy,
         "test_loss": float(F.cross_entropy(logits.double(), targets)),
-        "test_samples": len(targets),
-        "accuracy_by_class": dict(zip(classes, shares, strict=True)),
-        "confusion": confusion.tolist(),
+        "test_samples": judgement.count,
+        "accuracy_by_class": {row["name"]: row["recall"] for row in judgement.by_class()},
+        "confusion": judgement.confusion.tolist(),
         "best_val_accuracy": trainer.history["val_acc"][trainer.best_epoch],
         "best_epoch": trainer.best_epoch + 1,
         "epochs_run": trainer.epoch,
         "stopped_because": trainer.early_stopping.reason if trainer.stopped else f"all {args.epochs} epochs done",
-    }
+    }, judgement
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -316,35 +315,45 @@ def main(argv: list[str] | None = None) -> int:
                   f"{type(model).__name__}, {tb.count_parameters(model):,} parameters; "
                   f"{tb.device_name(device)}; {trainer.precision}".strip())  # fmt: skip
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
+        report = Report(  # for loaders other than TensorLoader leave `samples` and `shared` out
+            run.path, run.info, trainer, defaults=vars(make_parser().parse_args([])), samples=next(iter(train_loader)),
+            shared=functools.partial(count_shared, train_loader.inputs, val_loader.inputs),
+        )  # fmt: skip
         started = time.monotonic()
         try:
-            trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
+            with report:  # report.html is written now, after each epoch and at the end
+                trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
+                seconds = time.monotonic() - started
+                result, report.judgement = judge(args, trainer, run.checkpoints / "best.pt", test_loader)
+                result |= {"train_seconds": seconds, "total_seconds": time.monotonic() - began}
+                run.write_info(result=result)
         except tb.Interrupted as stop:
             hint = f"; continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}"
             print(f"{stop}{'' if args.dry_run else hint}", file=sys.stderr)
             return 128 + stop.signum
-        seconds = time.monotonic() - started
-        result = judge(args, trainer, run.checkpoints / "best.pt", test_loader)
-        result |= {"train_seconds": seconds, "total_seconds": time.monotonic() - began}
-        run.write_info(result=result)
-        print_result(args, result, run, notice)
+        print_result(args, result, report)
     return 0
 
 
-def print_result(args: argparse.Namespace, result: dict[str, Any], run: tb.RunDirectory, notice: str) -> None:
+def print_result(args: argparse.Namespace, result: dict[str, Any], report: Report) -> None:
     print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: "
           f"validation {result['best_val_accuracy']:.2%}, "
           f"test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f})")  # fmt: skip
-    print("by class: " + "  ".join(f"{name} {share:.1%}" for name, share in result["accuracy_by_class"].items()))
+    shares, remark = result["accuracy_by_class"], ""
+    if all(share > 0.99 for share in shares.values()):
+        shares, remark = {name: shares[name] for name in sorted(shares, key=shares.get)[:3]}, "  (the lowest)"
+    print("by class: " + "  ".join(f"{name} {share:.1%}" for name, share in shares.items()) + remark)
     print(f"stopped because: {result['stopped_because']}; training took {result['train_seconds']:.1f} s")
+    for line in report.advice():
+        print(f"advice: {cli.printable(line)}")
     if not args.dry_run:
-        folder, best = shlex.quote(str(run.path)), shlex.quote(str(run.checkpoints / "best.pt"))
-        print(f"files:    {folder}")
+        folder, best = shlex.quote(str(report.folder)), shlex.quote(str(report.folder / "checkpoints" / "best.pt"))
+        print(f"report:   {shlex.quote(str(report.path))}")
         print(f"predict:  python {Path(sys.argv[0]).with_name('predict.py')} --checkpoint {best} digit.png")
         if args.schedule in ("constant", "plateau"):
             print(f"continue: python {sys.argv[0]} --resume {folder} --epochs {2 * args.epochs}")
-    if notice:
-        print(notice)
+    if report.info["notice"]:
+        print(report.info["notice"])
 
 
 if __name__ == "__main__":

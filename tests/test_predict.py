@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import sys
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 import torchbasics as tb
 from tests.common import load_script, run_main, run_script
 from torchbasics import cli
+from torchbasics.report import wilson_interval
 
 script = load_script("predict")
 MEAN, STD = (0.15,), (0.3,)
@@ -182,7 +184,7 @@ class ScriptCase(unittest.TestCase):
         """Return the one line with which this is refused, without a result."""
         code, out, err = self.main(*argv)
         self.assertEqual((code, out), (2, ""), err)
-        self.assertRegex(err, r"\Aerror: [^\n]{10,620}\n\Z")
+        self.assertRegex(err, r"\Aerror: [^\n]{10,1000}\n\Z")
         return err
 
     def seen(self, digit: Tensor) -> Tensor:
@@ -366,7 +368,7 @@ class Judging(ScriptCase):
         mistakes = collections.Counter((true, taken) for true, taken in pairs if true != taken)
         code, out, err = self.main("--checkpoint", path, *self.data)
         self.assertEqual((code, err), (0, ""))
-        low, high = script.wilson_interval(correct, 200)
+        low, high = wilson_interval(correct, 200)
         self.assertIn(f"accuracy {correct / 200:.2%} (95% interval {low:.2%} to {high:.2%})", out)
         self.assertIn(f"{200 - correct} mistakes", out)
         found = self.json("--checkpoint", path, *self.data)
@@ -387,13 +389,19 @@ class Judging(ScriptCase):
                 shares += (MODEL((view - MEAN[0]) / STD[0]).softmax(1) + other((view - 0.5) / STD[0]).softmax(1)) / 18
         self.assertEqual(found["correct"], int((shares.argmax(1) == self.targets).sum()))
 
-    def test_the_interval_is_wilsons(self) -> None:
-        for correct, count in (0, 10), (9, 10), (95, 100), (9977, 10_000), (3, 3):
-            share = correct / count
-            for bound in script.wilson_interval(correct, count):  # where the share lies 1.96 standard errors away
-                self.assertAlmostEqual((share - bound) ** 2, 1.959964**2 * bound * (1 - bound) / count, places=12)
-        low, high = script.wilson_interval(95, 100)
-        self.assertEqual((round(low, 4), round(high, 4)), (0.8882, 0.9785))
+    def test_a_page_with_the_confusion_and_the_mistakes_is_written_once(self) -> None:
+        path, page = self.save("fashion.pt", classes=FASHION), self.folder / "page.html"
+        code, out, err = self.main("--checkpoint", path, *self.data, "--report", page)
+        self.assertEqual((code, err), (0, ""))
+        content = page.read_text()
+        interval = re.search(r"accuracy (.*? \(95% interval .*?\))", out)
+        self.assertTrue(f"{interval and interval[1]} of 200 fashion-mnist test images" in content, interval)
+        number = out.split(" mistakes")[0].split()[-1]  # fewer than the 24 that are shown
+        self.assertTrue(f"{number} of {number}: true → predicted class" in content)
+        self.assertEqual(content.count("<figure>"), int(number))
+        self.assertIn("does not exist yet", self.refused("--checkpoint", path, *self.data, "--report", page))
+        self.assertIn("--dataset", self.refused("--checkpoint", path, self.digit, "--report", self.folder / "b.html"))
+        self.assertEqual(page.read_text(), content)
 
     def test_a_data_set_of_other_classes_is_refused(self) -> None:
         self.assertIn("not those of the model", self.refused("--checkpoint", self.checkpoint, *self.data))

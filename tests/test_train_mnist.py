@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 import torchbasics as tb
 from torchbasics import cli
 from torchbasics.checkpoint import saved_steps, weights_hash
+from torchbasics.report import wilson_interval
 
 from .common import load_script, run_main
 
@@ -144,7 +146,8 @@ class Run(ScriptCase):
         rows = rows_of(run)
         table = re.findall(r"^ *(epoch|\d+)  .*$", out, re.M)
         self.assertEqual(table, ["epoch", *[str(row["epoch"]) for row in rows]])
-        self.assertEqual({path.name for path in run.iterdir()}, {".lock", "run.json", "metrics.jsonl", "checkpoints"})
+        left = {".lock", "run.json", "metrics.jsonl", "report.html", "checkpoints"}
+        self.assertEqual({path.name for path in run.iterdir()}, left)
         for epoch, row in enumerate(rows, start=1):
             self.assertEqual(" ".join(row), "epoch train_loss train_acc val_loss val_acc lr step weights")  # no times
             self.assertEqual((row["epoch"], row["step"]), (epoch, 12 * epoch))
@@ -178,6 +181,16 @@ class Run(ScriptCase):
         self.assertAlmostEqual(result["test_loss"], F.cross_entropy(outputs, labels).item(), places=3)
         confusion = [[int(((labels == i) & (predicted == j)).sum()) for j in range(10)] for i in range(10)]
         self.assertEqual((result["confusion"], result["test_samples"]), (confusion, TEST_IMAGES))
+        page = (run / "report.html").read_text()
+        low, high = wilson_interval(int((predicted == labels).sum()), TEST_IMAGES)
+        verdict = f"{result['test_accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}) of {TEST_IMAGES} fashion-mnist"
+        self.assertIn(verdict, page)
+        self.assertIn(f"best: epoch {result['best_epoch']}", page)
+        changed = page[page.index("How it was made") : page.index("Options left at their defaults")]
+        shown = re.findall(r"<th>(--[a-z-]+)</th>", changed)
+        self.assertLess({"--tta", "--patience", "--schedule", "--lr", "--model", "--output"}, set(shown))
+        self.assertNotIn("--dropout", shown)
+        self.assertRegex(out, r"(?m)^report:   'a run/report.html'$")
         for i, share in enumerate(result["accuracy_by_class"].values()):
             self.assertAlmostEqual(share, confusion[i][i] / sum(confusion[i]), places=6)
         self.assertIn(f"test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f})", out)
@@ -206,7 +219,7 @@ class Run(ScriptCase):
         with mock.patch.object(tempfile, "tempdir", str(temporary)), watched(lambda _: None) as trainers:
             code, out, err = call(*SMALL, "--dry-run", "--output", "a", "--warmup-epochs", 2)
         self.assertEqual((code, err, trainers[0].step), (0, "", 2))
-        self.assertNotIn("files:", out)
+        self.assertNotIn("report:", out)
         self.assertEqual([path.name for path in self.folder.rglob("*")], ["tmp"])
 
     def test_presets_are_other_defaults_and_what_is_given_beside_them_wins(self) -> None:
@@ -280,6 +293,40 @@ class Run(ScriptCase):
         for row, name in itertools.product(rows_of(self.folder / "a"), ("train_loss", "val_acc", "lr")):
             self.assertEqual(written[name, row["step"]], row[name])
         self.assertEqual((writer.add_graph.call_count, writer.add_image.call_count), (1, 1))
+
+
+    def test_the_result_names_all_classes_or_the_worst_three_when_all_are_above_99_percent_and_advises(self) -> None:
+        result = {"best_epoch": 1, "epochs_run": 1, "best_val_accuracy": 1.0, "test_accuracy": 1.0, "test_loss": 0.0,
+                  "stopped_because": "all done", "train_seconds": 1.0}  # fmt: skip
+        report = types.SimpleNamespace(info={"notice": "drawn"}, advice=lambda: ["Train\x1b[2J longer."])
+        args = script.parse_args([*SMALL, "--dry-run"])
+        for worst, line in ((0.98, "by class: a 99.5%  b 98.0%  c 99.1%  d 99.3%"),
+                            (0.995, "by class: c 99.1%  d 99.3%  a 99.5%  (the lowest)")):  # fmt: skip
+            shares = {"a": 0.995, "b": worst, "c": 0.991, "d": 0.993}
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                script.print_result(args, result | {"accuracy_by_class": shares}, report)
+            lines = out.getvalue().splitlines()
+            self.assertEqual((lines[2], lines[4:]), (line, ["advice: Train\\x1b[2J longer.", "drawn"]))
+
+    def test_a_run_that_is_interrupted_or_fails_says_so_in_its_report_until_it_goes_on(self) -> None:
+        run = self.run_interrupted("a", 13)
+        page = (run / "report.html").read_text()
+        self.assertIn("1 of 2 epochs are done; the best, epoch 1, has a validation accuracy of ", page)
+        self.assertIn("<b>Interrupted: </b>SIGTERM: saved", page)
+        self.assertNotIn("confused", page)
+        self.assertEqual(call("--resume", run)[0], 0)
+        page = (run / "report.html").read_text()
+        self.assertNotIn("Interrupted", page)
+        self.assertIn("(best epoch: 2 of 2).", page)
+        self.assertNotIn("of training", page)  # the seconds since the resume are not those of the training
+        self.assertEqual(call(*SMALL, "--lr", 1e30, "--schedule", "constant", "--output", "b")[0], 1)
+        self.assertIn("<b>Failed: </b>the loss is", Path("b/report.html").read_text())
+
+    def test_a_report_changes_nothing_in_the_training(self) -> None:
+        with mock.patch.object(script, "Report", lambda *args, **options: contextlib.nullcontext(mock.MagicMock())), \
+                mock.patch.object(script, "print_result"):  # fmt: skip
+            without = self.run_small("a")
+        self.assert_same_run(without, self.run_small("b"))
 
 
 class Recipes(ScriptCase):
@@ -422,7 +469,7 @@ class BadInput(ScriptCase):
         takes_value = {a.option_strings[0] for a in script.make_parser()._actions if a.type or a.choices or a.metavar}
         self.assertEqual(takes_value, set(BAD_VALUES))
         for option, values in BAD_VALUES.items():
-            for value in (*values.split(), "", "--"):
+            for value in (*values.split(), ""):
                 with self.subTest(option=option, value=value):
                     self.refused(*SMALL, f"{option}={value}", text=option.strip("-"))
         self.refused(*SMALL, "--init-from", "missing.pt", text="No such file or directory: missing.pt")

@@ -166,8 +166,9 @@ class _Table:
         if self.num_batches is not None:
             batches_left = (self.num_epochs - trainer.epoch) * self.num_batches - self.batch
             parts.append(f"{batches_left * seconds / (self.batch - self.first_batch):.0f} s left")
-        line = "  ".join(parts)[: shutil.get_terminal_size().columns - 1]
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        while len("  ".join(parts)) >= shutil.get_terminal_size().columns and len(parts) > 1:
+            parts.pop()  # half a number would be another number
+        print(f"\r\033[K{'  '.join(parts)}", end="", file=sys.stderr, flush=True)
         self.shown = True
 
     def clear_progress(self) -> None:

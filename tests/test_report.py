@@ -1,0 +1,390 @@
+"""report.html: figures worked out by hand, a page that is well formed and shows data as text, and advice that fits."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import io
+import math
+import re
+import signal
+import tempfile
+import unittest
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+import torchbasics as tb
+from torchbasics import report as report_module
+from torchbasics.report import Judgement, Report, advice, count_shared, picture, png, ticks, wilson_interval
+
+NASTY = ("<script>alert(1)</script>", 'a "b" & c\x1b[2J', "\u202eקטן", "猫" * 40)
+VOID = {"meta", "link", "img", "br"}
+
+
+class Reader(html.parser.HTMLParser):
+    """Check that elements are nested properly; collect the text, the tags and what would be loaded from elsewhere."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.tags: list[str] = []
+        self.loaded: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self.open, self.open
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), (tag, attrs)
+        self.loaded += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag == self.open.pop(), (tag, self.open)
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+
+def trainer_with(**history: list[float | None]) -> Any:
+    """Return what a Report needs of a Trainer."""
+    standard: dict[str, Any] = {name: [] for name in ("train_loss", "train_acc", "val_loss", "val_acc", "lr")}
+    standard |= history
+    losses = [math.inf if value is None else value for value in standard["val_loss"]]
+    best = losses.index(min(losses)) if losses else None
+    means = SimpleNamespace(sums={"acc": [360.0, 400.0]})
+    return SimpleNamespace(history=standard, best_epoch=best, on_epoch_end=[], validation_means=means)
+
+
+def three_epochs(**more: list[float | None]) -> Any:
+    return trainer_with(
+        train_loss=[1.0, 0.5, 0.4], train_acc=[0.5, 0.92, 0.93], val_loss=[0.9, 0.4, 0.5], val_acc=[0.6, 0.9, 0.85],
+        lr=[1e-3, 1e-3, 5e-4], **more,
+    )  # fmt: skip
+
+
+def logits_for(pairs: Iterable[tuple[int, int, float]], classes: int) -> tuple[Tensor, Tensor]:
+    """Return (log-probabilities, targets) for (true class, predicted class, confidence); the rest is shared equally."""
+    shares, targets = [], []
+    for true, taken, sure in pairs:
+        shares.append(torch.full((classes,), (1 - sure) / (classes - 1)).index_fill(0, torch.tensor(taken), sure))
+        targets.append(true)
+    return torch.stack(shares).log(), torch.tensor(targets)
+
+
+class Judged(unittest.TestCase):
+    # Of class a 3 of 4 are right, of b 1 of 2, of c none of 1; d has no image.
+    PAIRS = ((0, 0, 0.9), (0, 0, 0.8), (0, 0, 0.7), (0, 1, 0.6), (1, 1, 0.5), (1, 2, 0.99), (2, 1, 0.8))
+
+    def setUp(self) -> None:
+        self.images = torch.arange(7).view(7, 1, 1, 1).expand(7, 1, 28, 28).to(torch.uint8)
+        self.judgement = Judgement(*logits_for(self.PAIRS, 4), ("a", "b", "c", "d"), self.images)
+
+    def test_counts_are_those_of_the_pairs(self) -> None:
+        expected = [[3, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+        self.assertEqual(self.judgement.confusion.tolist(), expected)
+        self.assertEqual((self.judgement.count, self.judgement.correct, self.judgement.accuracy), (7, 4, 4 / 7))
+        rows = self.judgement.by_class()
+        self.assertEqual([row["support"] for row in rows], [4, 2, 1, 0])
+        self.assertEqual([row["predictions"] for row in rows], [3, 3, 1, 0])
+        self.assertEqual([row["hits"] for row in rows], [3, 1, 0, 0])
+        self.assertEqual([row["name"] for row in self.judgement.worst_classes(4)], ["c", "b", "a"])
+
+    def test_mistakes_begin_with_the_surest_and_carry_their_image(self) -> None:
+        found = [(one.true, one.predicted, round(one.confidence, 5)) for one in self.judgement.mistakes]
+        self.assertEqual(found, [("b", "c", 0.99), ("c", "b", 0.8), ("a", "b", 0.6)])
+        pairs = torch.utils.data.TensorDataset(self.images, torch.zeros(7))
+        for judgement in (self.judgement, Judgement(*logits_for(self.PAIRS, 4), ("a", "b", "c", "d"), pairs)):
+            self.assertEqual([int(one.image[0, 0, 0]) for one in judgement.mistakes], [5, 6, 3])  # type: ignore[index]
+
+    def test_the_worst_pairs_are_named_with_their_share_of_the_true_class(self) -> None:
+        pairs = [(0, 1, 0.9)] * 3 + [(2, 0, 0.9)] * 2 + [(1, 1, 0.9)] * 5 + [(0, 0, 0.9)] * 3
+        judgement = Judgement(*logits_for(pairs, 3), ("a", "b", "c"))
+        self.assertEqual(judgement.worst_pairs(), [("a", "b", 3, 0.5), ("c", "a", 2, 1.0)])
+
+    def test_the_interval_is_wilsons(self) -> None:
+        for correct, count in (0, 10), (9, 10), (95, 100), (9977, 10_000), (3, 3):
+            share = correct / count
+            for bound in wilson_interval(correct, count):  # where the share lies 1.96 standard errors away
+                self.assertAlmostEqual((share - bound) ** 2, 1.959964**2 * bound * (1 - bound) / count, places=12)
+        self.assertEqual([round(bound, 4) for bound in wilson_interval(95, 100)], [0.8882, 0.9785])
+        self.assertEqual(self.judgement.interval, wilson_interval(4, 7))
+
+    def test_the_table_by_class_shows_precision_recall_and_f1_with_intervals(self) -> None:
+        page = report_module.judged(self.judgement, {})
+        cells = re.findall(r"<tr><th><bdi title=\"(.)\">.</bdi></th><td>(\d)</td>(.*?)</tr>", page)
+        shown = {name: (int(support), re.findall(r"<td>([\d.]+%|–)", rest)) for name, support, rest in cells}
+        # b: 1 of 3 predictions and 1 of 2 images are right; F1 is 2 * 1 / (3 + 2)
+        self.assertEqual(shown["a"], (4, ["100.0%", "75.0%", f"{6 / 7:.1%}"]))
+        self.assertEqual(shown["b"], (2, ["33.3%", "50.0%", "40.0%"]))
+        self.assertEqual(shown["d"], (0, ["–", "–", "–"]))
+        low, high = wilson_interval(1, 4)  # of hits, misses and false alarms; F1 = 2 J / (1 + J)
+        expected = f"<small>{100 * 2 * low / (1 + low):.1f}–{2 * high / (1 + high):.1%}</small>"
+        self.assertIn(expected, next(rest for name, _, rest in cells if name == "b"))
+
+
+class Advice(unittest.TestCase):
+    def judged(self, hits: list[int], support: int = 200) -> Judgement:
+        """Return a judgement in which `hits` images of each class are right, and the rest taken for the next class."""
+        classes = len(hits)
+        pairs = []
+        for i, number in enumerate(hits):
+            pairs += [(i, i, 0.9)] * number + [(i, (i + 1) % classes, 0.9)] * (support - number)
+        return Judgement(*logits_for(pairs, classes), [f"class{i}" for i in range(classes)])
+
+    def said(self, word: str, *, judgement: Judgement | None = None, shared: Any = None, **history: Any) -> str:
+        """Check that there is one piece of advice, with `word` in it."""
+        lines = advice({"train_acc": [0.95] * 4, "val_acc": [0.95] * 4, **history}, judgement, shared)
+        self.assertEqual(len(lines), 1, lines)
+        self.assertIn(word, lines[0])
+        return lines[0]
+
+    def test_each_shape_of_the_curves_gets_its_advice_and_healthy_ones_none(self) -> None:
+        falling = [1.0, 0.5, 0.3, 0.2]
+        line = self.said("overfits", train_loss=falling, val_loss=[0.6, 0.5, 0.6, 0.8])
+        self.assertIn("since epoch 2 validation loss rose from 0.5 to 0.8 while training loss fell from 0.5 to", line)
+        self.said("still improving", train_loss=falling, val_loss=[0.9, 0.6, 0.5, 0.4])
+        flat: dict[str, Any] = {"train_loss": [1.0, 0.9, 0.9, 0.9], "val_loss": [1.0, 0.9, 0.9, 0.9]}
+        self.said("underfits", **flat, train_acc=[0.5] * 4, val_acc=[0.5] * 4)
+        healthy: dict[str, Any] = {"train_acc": [0.95] * 4, "val_acc": [0.95] * 4}
+        self.assertEqual(advice({**flat, **healthy}), [])
+        for validation in ([0.6, 0.5, 0.5, 0.51], [0.6, 0.5, 0.4, 0.39], [0.6, 0.5, 0.4, math.nan], [None] * 4):
+            self.assertEqual(advice({"train_loss": falling, "val_loss": validation, **healthy}), [], validation)
+        self.assertEqual(advice({"train_loss": falling[:2], "val_loss": [1.0, 0.5]}), [])
+        self.assertEqual(advice({}), [])
+
+    def test_a_model_that_has_learned_nothing(self) -> None:
+        judgement = Judgement(*logits_for([(i % 4, 0, 0.3) for i in range(400)], 4), "abcd")
+        self.said("always names the most frequent class", judgement=judgement)
+
+    def test_a_class_far_behind_is_named_and_chance_is_not_taken_for_one(self) -> None:
+        line = self.said("class2 is far behind", judgement=self.judged([198, 196, 150]), val_acc=[0.9])
+        self.assertIn("75.0% of its 200 images", line)
+        self.assertEqual(advice({}, self.judged([198, 196, 190])), [])
+        self.assertEqual(advice({}, self.judged([10, 10, 8], support=10)), [])
+
+    def test_validation_too_good_to_be_true_leads_to_a_count_of_shared_images(self) -> None:
+        perfect: dict[str, Any] = {"val_acc": [0.9, 1.0]}
+        self.said("is a validation image also in the training set", **perfect)
+        self.said("7 validation images are also in the training set", **perfect, shared=lambda: 7)
+        self.assertEqual(advice(perfect, shared=lambda: 0), [])
+        test = self.judged([170, 170])
+        line = self.said("are the sources the same", judgement=test, val_acc=[0.97], shared=lambda: 0)
+        self.assertIn("(97.00%) is too good to be true, the test's is 85.00%", line)
+        self.assertEqual(advice({"val_acc": [0.9]}, test, lambda: self.fail("not suspicious")), [])
+
+    def test_shared_images_are_those_equal_in_every_byte(self) -> None:
+        training = torch.arange(24, dtype=torch.uint8).view(4, 1, 2, 3)
+        validation = torch.cat([training[2:3], training[:1] + 1, training[2:3]])
+        self.assertEqual(count_shared(training, validation), 2)
+
+
+class Pictures(unittest.TestCase):
+    def read(self, source: str) -> Image.Image:
+        kind, _, data = source.partition(",")
+        self.assertEqual(kind, "data:image/png;base64")
+        return Image.open(io.BytesIO(base64.b64decode(data)))
+
+    def test_a_png_holds_the_pixels_that_pillow_reads_from_it(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for channels, mode in ((1, "L"), (3, "RGB"), (4, "RGBA")):
+            pixels = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8, generator=generator)
+            image = self.read(png(pixels))
+            self.assertEqual((image.mode, image.size), (mode, (7, 5)))
+            self.assertEqual(bytes(pixels.permute(1, 2, 0).flatten().tolist()), image.tobytes())
+
+    def shown(self, image: Tensor, **info: Any) -> tuple[int, int, Image.Image]:
+        tag = picture(image, info)
+        width, height, source = re.search(r'width=(\d+) height=(\d+) src="(.*?)"', tag).groups()  # type: ignore[union-attr]
+        return int(width), int(height), self.read(source)
+
+    def test_images_are_shown_at_56_pixels_or_more_and_large_ones_are_reduced(self) -> None:
+        for size, expected, stored in ((28, 56, 28), (8, 56, 8), (64, 64, 64), (400, 112, 112)):
+            width, height, image = self.shown(torch.zeros(3, size, size, dtype=torch.uint8))
+            self.assertEqual((width, height, image.size), (expected, expected, (stored, stored)))
+        self.assertEqual(self.shown(torch.zeros(13, 200, 400, dtype=torch.uint8))[:2], (112, 56))
+
+    def test_a_normalisation_is_undone(self) -> None:
+        pixels = torch.randint(0, 256, (3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+        normalised = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        image = self.shown(normalised, mean=mean, std=std)[2]
+        self.assertEqual(image.tobytes(), bytes(pixels.permute(1, 2, 0).flatten().tolist()))
+
+    def test_ticks_are_round_and_span_the_values(self) -> None:
+        for low, high in ((0.0, 1.0), (0.013, 0.0141), (97.3, 99.9), (-3.0, 1e5), (0.5, 0.5), (0, 0), (1e-9, 3e-9)):
+            marks = ticks(low, high)
+            self.assertLessEqual(marks[0], low)
+            self.assertGreaterEqual(marks[-1], high)
+            self.assertTrue(2 <= len(marks) <= 7, marks)
+            self.assertEqual(ticks(97.3, 99.9), [97, 98, 99, 100])
+
+    def test_a_curve_has_a_gap_where_a_value_is_missing_and_the_right_heights_elsewhere(self) -> None:
+        drawn = report_module.chart("mae", {"validation": [0.0, math.nan, 4.0, None, 2.0]}, 4)
+        line = re.search(r'<path class="curve validation" d="(.*?)"', drawn)[1]  # type: ignore[index]
+        points = re.findall(r"([ML])([\d.]+) ([\d.]+)", line)
+        self.assertEqual("".join(pen for pen, _, _ in points), "MMM")
+        bottom, top, middle = (float(y) for _, _, y in points)
+        self.assertAlmostEqual(middle, (bottom + top) / 2)
+        self.assertIn("<title>epoch 3: validation 4</title>", drawn)
+        self.assertIn("best: epoch 5", drawn)
+
+    def test_a_loss_that_falls_by_orders_of_magnitude_gets_a_logarithmic_axis(self) -> None:
+        drawn = report_module.chart("loss", {"training": [100.0, 10.0, 1.0]}, 2)
+        heights = [float(y) for y in re.findall(r'<circle class="\w+ training" cx="[\d.]+" cy="([\d.]+)"', drawn)]
+        self.assertAlmostEqual(heights[1] - heights[0], heights[2] - heights[1])
+        self.assertIn("loss (logarithmic)", drawn)
+
+
+class Page(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name).resolve() / "a <b>run"
+        self.folder.mkdir()
+
+    def read(self) -> Reader:
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["report.html"])
+        page = (self.folder / "report.html").read_text(encoding="utf-8")
+        self.assertIsNone(re.search(r"[\x00-\x09\x0b-\x1f\x7f]", page))
+        self.assertNotIn("@import", page)
+        self.assertNotIn("url(", page)
+        reader = Reader(page)
+        self.assertNotIn("script", reader.tags)
+        self.assertTrue(all(address.startswith("data:") for address in reader.loaded), reader.loaded)
+        return reader
+
+    def judgement(self, classes: tuple[str, ...], count: int = 400) -> Judgement:
+        generator = torch.Generator().manual_seed(0)
+        targets = torch.randint(0, len(classes), (count,), generator=generator)
+        outputs = 3 * F.one_hot(targets, len(classes)) + torch.randn(count, len(classes), generator=generator)
+        return Judgement(outputs, targets, classes, torch.zeros(count, 3, 8, 8))
+
+    def test_names_paths_and_options_of_any_kind_are_shown_as_text(self) -> None:
+        info = {"command": "x.py 'a&b' --output '<i>'", "options": {"data_dir": "<b>\x00\udcff", "seed": 1},
+                "notice": "NOTICE: <u>", "dataset": "<em>", "device": "<tt>", "versions": {"torch": "<sup>"},
+                "classes": NASTY}  # fmt: skip
+        samples = torch.zeros(20, 3, 8, 8), torch.arange(20) % 4
+        trainer = three_epochs(train_top5=[None, 0.5, math.nan])
+        with Report(self.folder, info, trainer, samples=samples) as report:
+            report.judgement = self.judgement(NASTY)
+        reader = self.read()
+        names = ("<script>alert(1)</script>", 'a "b" & c\\x1b[2J', "\\u202eקטן", "猫" * 40)
+        for shown in (*names, "<b>\\x00\\udcff", "<u>", "<em>", "<tt>", "<sup>", "a <b>run", "x.py 'a&b' --output"):
+            self.assertIn(shown, reader.text)
+
+    def test_a_finished_run_shows_its_accuracy_first_and_all_parts_in_order(self) -> None:
+        options = {"epochs": 3, "lr": 0.1, "seed": 7, "output": str(self.folder), "batch_size": 32}
+        info = {"command": f"scripts/train.py --lr 0.1 --output '{self.folder}'", "options": options,
+                "notice": "NOTICE: drawn digits", "result": {"train_seconds": 12.34}, "dataset": "mnist",
+                "classes": ("0", "1")}  # fmt: skip
+        defaults = {"lr": 0.01, "seed": 7, "output": None, "batch_size": 32, "epochs": 3}
+        report = Report(self.folder, info, three_epochs(), defaults=defaults,
+                        samples=(torch.zeros(4, 1, 28, 28), torch.tensor([0, 1, 1, 0])))  # fmt: skip
+        with report:
+            report.judgement = self.judgement(("0", "1"))
+        low, high = report.judgement.interval
+        verdict = f"{report.judgement.accuracy:.2%} (95% interval {low:.2%} to {high:.2%}) of 400 mnist test images"
+        order = ["NOTICE: drawn digits", verdict, "after 12.3 s of training (best epoch: 2 of 3)", "Curves", "confused",
+                 "By class", "The worst mistakes", "Training images", "How it was made", "--lr 0.1",
+                 "Options left at their defaults", "--batch-size 32", "# repeat it"]  # fmt: skip
+        reader = self.read()
+        positions = [reader.text.index(part) for part in order]
+        self.assertEqual(positions, sorted(positions))
+        again = f"'{self.folder}-again'"
+        self.assertIn(f"python scripts/train.py --lr 0.1 --output {again} diff ", reader.text)
+        self.assertIn(f" diff '{self.folder}'/metrics.jsonl {again}/metrics.jsonl ", reader.text)
+        self.assertIn(f"python scripts/train.py --resume '{self.folder}'", reader.text)
+        self.assertIn(f"python scripts/predict.py --checkpoint '{self.folder}/checkpoints/best.pt' IMAGE", reader.text)
+        self.assertEqual(reader.tags.count("figure"), 4 + len(report.judgement.mistakes))
+
+    def test_many_classes_become_a_picture_and_the_worst_come_first(self) -> None:
+        classes = tuple(f"class {i}" for i in range(200))
+        with Report(self.folder, {}, three_epochs()) as report:
+            report.judgement = self.judgement(classes, 4000)
+        text = self.read().text
+        self.assertIn("By class: the 20 with the lowest recall", text)
+        worst = report.judgement.worst_classes(20)
+        self.assertLess(text.index(f"{worst[0]['name']} {worst[0]['support']}"), text.index("All 200 classes"))
+        source = re.search(r'class=matrix .*?src="data:image/png;base64,(.*?)"', report.path.read_text())[1]  # type: ignore[index]
+        image = Image.open(io.BytesIO(base64.b64decode(source)))
+        self.assertEqual(image.size, (200, 200))
+        alpha = torch.tensor(list(image.getchannel("A").tobytes())).view(200, 200)
+        shares = report.judgement.confusion / report.judgement.confusion.sum(1, keepdim=True)
+        torch.testing.assert_close(alpha / 255, shares.sqrt(), atol=2 / 255, rtol=0)
+        self.assertLess(len(report.path.read_bytes()), 400_000)
+
+    def test_an_unfinished_run_says_how_far_it_is_and_why_it_ended(self) -> None:
+        info: dict[str, Any] = {"options": {"epochs": 9}}
+        with self.assertRaises(tb.Interrupted), Report(self.folder, info, three_epochs()):
+            self.assertIn("The training goes on", self.read().text)
+            raise tb.Interrupted(signal.SIGTERM, Path("step-1.pt"))
+        low, high = wilson_interval(360, 400)
+        text = self.read().text
+        self.assertIn("3 of 9 epochs are done; the best, epoch 2, has a validation accuracy of 90.00% ", text)
+        self.assertIn(f"(95% interval {low:.2%} to {high:.2%})", text)
+        self.assertIn("Interrupted: SIGTERM: saved step-1.pt", text)
+        self.assertNotIn("The training goes on", text)
+        with self.assertRaises(tb.NonFiniteLoss), Report(self.folder, info, trainer_with()) as report:
+            raise tb.NonFiniteLoss("the loss is nan <here>")
+        text = self.read().text
+        self.assertIn("0 of 9 epochs are done. Failed: the loss is nan <here>", text)
+        self.assertEqual((report.advice(), "Curves" in text), ([], False))
+
+    def test_a_regression_without_accuracy_has_a_page_too(self) -> None:
+        none: list[float | None] = [None, None]
+        trainer = trainer_with(train_loss=[2.0, 1.0], train_acc=none, val_loss=[1.5, 1.25], val_acc=none, lr=[1, 1])
+        with Report(self.folder, {}, trainer):
+            pass
+        text = self.read().text
+        self.assertIn("2 epochs are done; the best, epoch 2, has a validation loss of 1.25.", text)
+        self.assertNotIn("accuracy", text)
+
+    def test_it_is_written_after_each_epoch_but_never_takes_more_than_a_hundredth_of_the_time(self) -> None:
+        trainer, clock = trainer_with(), [1000.0]
+        steps = mock.patch.object(report_module.time, "monotonic", lambda: clock[0])
+        pages = []
+
+        def slow(path: Path, title: str, parts: Any) -> None:
+            clock[0] += 0.1
+            pages.append(clock[0])
+
+        with steps, mock.patch.object(report_module, "write_page", slow), Report(self.folder, {}, trainer):
+            for _ in range(100):  # epochs of a second
+                clock[0] += 1
+                trainer.on_epoch_end[0](trainer)
+        self.assertEqual(len(pages), 2 + 9)  # at the start and at the end; one in eleven epochs
+        trainer = three_epochs()
+        with Report(self.folder, {}, trainer):
+            for values in trainer.history.values():
+                values.append(0.25)
+            with mock.patch.object(report_module.time, "monotonic", lambda: 1e12):
+                trainer.on_epoch_end[0](trainer)
+            self.assertIn("4 epochs are done", self.read().text)
+
+    def test_a_full_disk_stays_the_error_that_is_raised(self) -> None:
+        full = mock.patch.object(report_module, "write_page", side_effect=[None, OSError(28, "No space left")])
+        with full, self.assertRaisesRegex(OSError, "the first"), Report(self.folder, {}, trainer_with()):
+            raise OSError("the first")
+
+
+if __name__ == "__main__":
+    unittest.main()
