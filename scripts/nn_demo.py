@@ -1,475 +1,380 @@
-"""Layers, models, losses, optimizers and schedules, each against its formula: every value shown is also checked.
+"""Networks, from one linear layer to transfer and compilation: lessons that print their code and check what they show.
 
-python scripts/nn_demo.py
-python scripts/nn_demo.py --section loss.cross_entropy --section optimizer.adam
+    python scripts/nn_demo.py
+    python scripts/nn_demo.py --section loss.cross_entropy --section train.by_hand
+
+Try: in optimizer.sgd, change lr=0.1 to lr=2.5 in the first optimizer. Each step multiplies the weights by
+1 - lr = -1.5, so they overshoot zero and grow, and the line that shows them turns to ✗.
 """
+
+# Lessons are checked by running them. mypy: torch types the attributes of layers as "Tensor | Module".
+# mypy: ignore-errors
 
 from __future__ import annotations
 
 import copy
 import math
 import sys
+import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if (ROOT / "torchbasics" / "__init__.py").is_file():  # in a checkout its own package comes first, installed or not
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-from torchbasics import models
-from torchbasics.demo import Sections, show, show_error
-from torchbasics.models import count_parameters, count_parameters_by_layer, freeze, init_weights
+import torchbasics as tb
+from torchbasics.demo import Sections, show, show_error, skip
 
 section = Sections(__doc__)
 
 
-# Layers ---------------------------------------------------------------------------------------------------------------
-
-
 @section("layer.linear", "N1")
-def layer_linear(device: torch.device) -> None:
-    """A linear layer computes x W^T + b: n inputs and m outputs make n * m + m parameters."""
-    layer = nn.Linear(3, 2).to(device)
-    x = torch.randn(4, 3, device=device)  # (B, 3)
-    show("output shape of Linear(3, 2)", layer(x).shape, (4, 2))
-    show("parameters: 3 * 2 + 2", count_parameters(layer), 3 * 2 + 2)
-    show("weight shape: outputs first", layer.weight.shape, (2, 3))
-    show("layer(x) - (x @ W.T + b)", (layer(x) - (x @ layer.weight.T + layer.bias)).abs().max(), 0)
-    wrong = torch.randn(4, 5, device=device)
-    show_error("5 inputs instead of 3", lambda: layer(wrong), RuntimeError, "shapes cannot be multiplied")
+def layer_linear() -> None:
+    """A linear layer computes x @ W.T + b.
 
-
-@section("layer.convolution", "N1")
-def layer_convolution(device: torch.device) -> None:
-    """A convolution slides a kernel over the input: n values become (n + 2 * padding - kernel) // stride + 1."""
-    difference = torch.tensor([[[1.0, 0.0, -1.0]]], device=device)  # (out channels, in channels, kernel)
-    signal = torch.tensor([[[1.0, 2.0, 4.0, 8.0]]], device=device)  # (B, channels, length)
-    show("conv1d of 1 2 4 8 with 1 0 -1", F.conv1d(signal, difference), [[[1 - 4, 2 - 8]]])
-    conv1 = nn.Conv1d(2, 6, kernel_size=3).to(device)
-    show("Conv1d(2, 6, 3): length 10 becomes", conv1(torch.randn(4, 2, 10, device=device)).shape, (4, 6, 10 - 3 + 1))
-    show("parameters: 2 * 6 * 3 + 6", count_parameters(conv1), 2 * 6 * 3 + 6)
-    images = torch.randn(4, 1, 28, 28, device=device)  # (B, C, H, W)
-    conv2 = nn.Conv2d(1, 32, kernel_size=3, padding=1).to(device)
-    show("Conv2d(1, 32, 3, padding=1) keeps 28 x 28", conv2(images).shape, (4, 32, 28, 28))
-    show("parameters: 1 * 32 * 3 * 3 + 32", count_parameters(conv2), 1 * 32 * 9 + 32)
-    strided = nn.Conv2d(1, 8, kernel_size=5, stride=2).to(device)
-    show("Conv2d(1, 8, 5, stride=2)", strided(images).shape, (4, 8, (28 - 5) // 2 + 1, (28 - 5) // 2 + 1))
-
-
-@section("layer.pooling", "N1")
-def layer_pooling(device: torch.device) -> None:
-    """Pooling summarises windows, without parameters; the adaptive one takes the output size instead."""
-    x = torch.arange(16.0, device=device).reshape(1, 1, 4, 4)
-    show("MaxPool2d(2) of 0..15", nn.MaxPool2d(2)(x), [[[[5, 7], [13, 15]]]])
-    show("AvgPool2d(2)", nn.AvgPool2d(2)(x), [[[[2.5, 4.5], [10.5, 12.5]]]])
-    show("AdaptiveAvgPool2d(1): the mean", nn.AdaptiveAvgPool2d(1)(x), [[[[7.5]]]])
-    show("AdaptiveAvgPool2d((1, 2))", nn.AdaptiveAvgPool2d((1, 2))(x), [[[[6.5, 8.5]]]])
-    show("parameters", count_parameters(nn.MaxPool2d(2)), 0)
-
-
-@section("layer.norm", "N1")
-def layer_norm(device: torch.device) -> None:
-    """BatchNorm evens out each feature over the batch, LayerNorm each sample over its features."""
-    x = torch.tensor([[1.0, 10.0], [3.0, 30.0]], device=device)  # (B, features)
-    columns = nn.BatchNorm1d(2).to(device)(x)
-    rows = nn.LayerNorm(2).to(device)(x)
-    show("BatchNorm1d: each column to mean 0, spread 1", columns, [[-1, -1], [1, 1]], atol=1e-4)
-    show("LayerNorm: each row", rows, [[-1, 1], [-1, 1]], atol=1e-4)
-    show("BatchNorm1d(2): a scale and a shift each", count_parameters(nn.BatchNorm1d(2)), 2 + 2)
-    show("LayerNorm(8): a scale and a shift each", count_parameters(nn.LayerNorm(8)), 8 + 8)
-    show("LayerNorm((3, 8)): a pair per value", count_parameters(nn.LayerNorm((3, 8))), 2 * 3 * 8)
-    images = torch.randn(4, 32, 7, 7, device=device)
-    norm = nn.BatchNorm2d(32).to(device)
-    show("BatchNorm2d(32): one pair per channel", count_parameters(norm), 2 * 32)
-    show("its output shape", norm(images).shape, (4, 32, 7, 7))
-    show("largest channel mean after it", norm(images).mean((0, 2, 3)).abs().max(), 0)
+    It holds its parameters: weights W, one row for each output, and a bias
+    b for each output. They start at random; training changes them."""
+    layer = nn.Linear(3, 2)
+    show(layer.weight.shape, (2, 3))
+    with torch.no_grad():  # set them by hand, to know what comes out
+        layer.weight.copy_(torch.tensor([[1.0, 0.0, -1.0], [2.0, 1.0, 0.0]]))
+        layer.bias.copy_(torch.tensor([10.0, 20.0]))
+    x = torch.tensor([[1.0, 2.0, 3.0]])  # (B, 3): one sample
+    # 1 - 3 + 10 = 8 and 2 + 2 + 20 = 24
+    show(layer(x), [[8.0, 24.0]])
+    # Each row of a batch is a sample and is treated alone.
+    show(layer(torch.cat([x, 2 * x])), [[8.0, 24.0], [6.0, 28.0]])
+    # 3 weights and a bias for each of the 2 outputs
+    show(sum(p.numel() for p in layer.parameters()), 2 * (3 + 1))
+    wrong = torch.zeros(1, 5)
+    show_error(lambda: layer(wrong), RuntimeError, "cannot be multiplied")
 
 
 @section("layer.activation", "N1")
-def layer_activation(device: torch.device) -> None:
-    """Without a non-linear function between them, two linear layers are no more than one."""
-    x = torch.tensor([-1.0, 0.0, 2.0], device=device)
-    show("ReLU", nn.ReLU()(x), [0, 0, 2])
-    show("Sigmoid", nn.Sigmoid()(x), [1 / (1 + math.exp(-v)) for v in (-1, 0, 2)])
-    show("Tanh", nn.Tanh()(x), [math.tanh(v) for v in (-1, 0, 2)])
-    a, b = nn.Linear(3, 4, bias=False).to(device), nn.Linear(4, 2, bias=False).to(device)
-    one = x @ (b.weight @ a.weight).T
-    show("two linear layers minus a single one", (b(a(x)) - one).abs().max(), 0)
+def layer_activation() -> None:
+    """Between linear layers stands a function that is not linear.
 
-
-@section("layer.embedding", "N1")
-def layer_embedding(device: torch.device) -> None:
-    """An embedding is a table: an index looks up a row of it."""
-    layer = nn.Embedding(10, 4, padding_idx=0).to(device)
-    tokens = torch.tensor([[3, 7, 0], [3, 0, 0]], device=device)  # (B, T)
-    vectors = layer(tokens)  # (B, T, 4)
-    show("output shape of Embedding(10, 4)", vectors.shape, (2, 3, 4))
-    show("parameters: 10 * 4", count_parameters(layer), 10 * 4)
-    show("token 3 is row 3, wherever it stands", bool((vectors[:, 0] == layer.weight[3]).all()), True)
-    show("the padding row is zero", vectors[1, 2], [0, 0, 0, 0])
-
-
-@section("layer.attention", "N1")
-def layer_attention(device: torch.device) -> None:
-    """Attention mixes the values of all positions by softmax weights; four E x E matrices with biases make it."""
-    layer = nn.MultiheadAttention(embed_dim=8, num_heads=2, batch_first=True).to(device)
-    x = torch.randn(4, 5, 8, device=device)  # (B, T, E)
-    output, weights = layer(x, x, x)
-    show("output shape", output.shape, (4, 5, 8))
-    show("weights: T x T, averaged over the heads", weights.shape, (4, 5, 5))
-    show("each row of weights sums to 1", weights.sum(-1), torch.ones(4, 5))
-    show("parameters: 4 * (8 * 8 + 8)", count_parameters(layer), 4 * (8 * 8 + 8))
-    query, key, value = torch.randn(3, 1, 5, 8, device=device)
-    by_hand = ((query @ key.transpose(1, 2)) / math.sqrt(8)).softmax(-1) @ value
-    fused = F.scaled_dot_product_attention(query, key, value)
-    show("softmax(q k^T / sqrt(8)) v, by hand", (fused - by_hand).abs().max(), 0, atol=1e-4)
-
-
-@section("layer.recurrent", "N1")
-def layer_recurrent(device: torch.device) -> None:
-    """A recurrent layer goes through time with a state; an LSTM has four gates, a GRU three."""
-    x = torch.randn(4, 5, 3, device=device)  # (B, T, inputs)
-    lstm, gru = nn.LSTM(3, 6, batch_first=True).to(device), nn.GRU(3, 6, batch_first=True).to(device)
-    output, (hidden, cell) = lstm(x)
-    show("LSTM output: the state at every time", output.shape, (4, 5, 6))
-    # The state has the layer first and the batch second, even with batch_first=True.
-    show("its last hidden and cell state", (hidden.shape, cell.shape), ((1, 4, 6), (1, 4, 6)))
-    show("output at the last time - hidden", (output[:, -1] - hidden[0]).abs().max(), 0)
-    gate = 6 * 3 + 6 * 6 + 2 * 6  # from the input, from the state, two biases
-    show("LSTM parameters: 4 gates", count_parameters(lstm), 4 * gate)
-    show("GRU parameters: 3 gates", count_parameters(gru), 3 * gate)
-    show("GRU output shape", gru(x)[0].shape, (4, 5, 6))
-
-
-@section("layer.transformer", "N1")
-def layer_transformer(device: torch.device) -> None:
-    """A Transformer encoder layer is attention, then two linear layers; both parts have a shortcut and a norm."""
-    layer = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=32, batch_first=True).to(device)
-    show("output shape: as the input", layer(torch.randn(4, 5, 8, device=device)).shape, (4, 5, 8))
-    attention, feedforward, norms = 4 * (8 * 8 + 8), (8 * 32 + 32) + (32 * 8 + 8), 2 * (8 + 8)
-    show("parameters", count_parameters(layer), attention + feedforward + norms)
-
-
-@section("layer.dropout", "N1", "N3")
-def layer_dropout(device: torch.device) -> None:
-    """In training Dropout zeroes values at random and scales up the rest; in evaluation it does nothing."""
-    layer, x = nn.Dropout(0.25), torch.ones(100_000, device=device)
-    dropped = layer(x)
-    show("train(): the values, 0 and 1 / 0.75", dropped.unique(), [0, 1 / 0.75])
-    show("share of zeros", (dropped == 0).float().mean(), 0.25, atol=0.01)
-    show("the mean is kept", dropped.mean(), 1, atol=0.02)
-    layer.eval()
-    show("eval(): unchanged", bool(torch.equal(layer(x), x)), True)
-    maps = nn.Dropout2d(0.5)(torch.ones(8, 16, 3, 3, device=device))  # (B, C, H, W)
-    whole = (maps == maps[:, :, :1, :1]).all()
-    show("Dropout2d drops whole channels", bool(whole), True)
-    show("the values in it", maps.unique(), [0, 2])
-
-
-@section("mode.batchnorm", "N3")
-def mode_batchnorm(device: torch.device) -> None:
-    """In training BatchNorm uses the batch and keeps running averages; in evaluation it uses those."""
-    layer = nn.BatchNorm1d(1).to(device)
-    x = torch.tensor([[1.0], [2.0], [6.0]], device=device)  # mean 3, squared deviations 4 + 1 + 9 = 14
-    biased, unbiased, eps = 14 / 3, 14 / 2, 1e-5
-    show("train(): (x - mean) / sqrt(var + eps)", layer(x), [[(v - 3) / math.sqrt(biased + eps)] for v in (1, 2, 6)])
-    # One step of the running averages, momentum 0.1, from mean 0 and variance 1; the variance is the unbiased one.
-    show("running_mean: 0.9 * 0 + 0.1 * 3", layer.running_mean, [0.1 * 3])
-    show("running_var: 0.9 * 1 + 0.1 * 7", layer.running_var, [0.9 + 0.1 * unbiased])
-    layer.eval()
-    expected = [[(v - 0.3) / math.sqrt(0.9 + 0.7 + eps)] for v in (1, 2, 6)]
-    show("eval(): with the running averages", layer(x), expected)
-    show("which evaluation leaves alone", layer.running_mean, [0.3])
-    layer.train()
-    show_error("train() with a batch of one", lambda: layer(x[:1]), ValueError, "more than 1 value per channel")
-
-
-# Models ---------------------------------------------------------------------------------------------------------------
+    Without it two layers do no more than one, however many units they have."""
+    x = torch.tensor([-1.0, 0.0, 2.0])
+    show(nn.ReLU()(x), [0.0, 0.0, 2.0])  # negative values become 0
+    by_hand = [1 / (1 + math.exp(-v)) for v in (-1, 0, 2)]
+    show(nn.Sigmoid()(x), by_hand)  # between 0 and 1
+    show(nn.Tanh()(x), [math.tanh(v) for v in (-1, 0, 2)])
+    first = nn.Linear(3, 4, bias=False)
+    second = nn.Linear(4, 2, bias=False)
+    one_matrix = second.weight @ first.weight  # (2, 3)
+    show(second(first(x)), one_matrix @ x)
+    with_relu = second(first(x).relu())
+    show(torch.allclose(with_relu, one_matrix @ x), False)
 
 
 @section("model.containers", "N2")
 def model_containers(device: torch.device) -> None:
-    """Sequential chains layers, an OrderedDict names them, a ModuleList only holds them, but registers them."""
-    plain = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).to(device)
-    named = nn.Sequential(
-        OrderedDict([("hidden", nn.Linear(4, 3)), ("relu", nn.ReLU()), ("output", nn.Linear(3, 2))])
-    ).to(device)
-    show("names in Sequential", [name for name, _ in plain.named_parameters()], _names("0", "2"))
-    show("names with an OrderedDict", [name for name, _ in named.named_parameters()], _names("hidden", "output"))
-    named.get_submodule("hidden").load_state_dict(plain[0].state_dict())
-    named.get_submodule("output").load_state_dict(plain[2].state_dict())
-    x = torch.randn(5, 4, device=device)
-    show("equal weights, equal outputs", (plain(x) - named(x)).abs().max(), 0)
+    """Sequential chains layers; an OrderedDict gives them names."""
+    plain = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    show(list(plain.state_dict()), ["0.weight", "0.bias", "2.weight", "2.bias"])
+    layers = [("hidden", nn.Linear(4, 3)), ("relu", nn.ReLU()),
+              ("output", nn.Linear(3, 2))]
+    named = nn.Sequential(OrderedDict(layers))
+    show([name for name, _ in named.named_children()], ["hidden", "relu", "output"])
+    named.hidden.load_state_dict(plain[0].state_dict())
+    named.output.load_state_dict(plain[2].state_dict())
+    # .to(device) moves all parameters, so the inputs must be there as well.
+    plain.to(device)
+    x = torch.randn(2, 4, device=device)  # (B, 4)
+    hidden = (x @ plain[0].weight.T + plain[0].bias).clamp(min=0)
+    by_hand = hidden @ plain[2].weight.T + plain[2].bias  # (B, 2)
+    show(plain(x), by_hand, rtol=0, atol=1e-4)
+    show(named.to(device)(x), by_hand, rtol=0, atol=1e-4)
 
-    class Holder(nn.Module):
-        def __init__(self, layers: Any) -> None:
+
+@section("model.own", "N2")
+def model_own() -> None:
+    """A model of your own is a class: layers in __init__, their use in forward.
+
+    A module finds the layers that are its attributes. In a Python list they
+    are hidden: the optimizer gets nothing, .to() and state_dict() miss
+    them. ModuleList is a list that registers what it holds."""
+
+    class Stack(nn.Module):
+        def __init__(self, container: type) -> None:
             super().__init__()
-            self.layers = layers
+            self.layers = container([nn.Linear(4, 3), nn.Linear(3, 2)])
 
-    # A Python list hides its layers: the optimizer gets nothing, .to(device) and state_dict miss them.
-    show("parameters seen in a ModuleList", count_parameters(Holder(nn.ModuleList(plain))), 23)
-    show("parameters seen in a plain list", count_parameters(Holder(list(plain))), 0)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x).relu()
+            return x
 
-
-def _names(*layers: str) -> list[str]:
-    return [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    good, bad = Stack(nn.ModuleList), Stack(list)
+    names = [name for name, _ in good.named_parameters()]
+    show(names, [f"layers.{i}.{p}" for i in (0, 1) for p in ("weight", "bias")])
+    show(tb.count_parameters(good), (4 * 3 + 3) + (3 * 2 + 2))
+    show(tb.count_parameters(bad), 0)
+    show(good(torch.randn(5, 4)).shape, (5, 2))
 
 
 @section("model.structure", "N2")
 def model_structure() -> None:
-    """print(model) shows its layers; named_parameters what they learn."""
-    structure = """NeuralNetwork(
-  (layers): Sequential(
-    (0): Linear(in_features=50, out_features=30, bias=True)
-    (1): ReLU()
-    (2): Linear(in_features=30, out_features=20, bias=True)
-    (3): ReLU()
-    (4): Linear(in_features=20, out_features=3, bias=True)
-  )
-)"""
-    show("NeuralNetwork(50, 3)", str(models.NeuralNetwork(50, 3)), structure)
-    shapes = {name: tuple(p.shape) for name, p in models.SimpleNet().named_parameters()}
-    expected = {
-        "hidden.0.weight": (128, 784),
-        "hidden.0.bias": (128,),
-        "hidden.1.weight": (64, 128),
-        "hidden.1.bias": (64,),
-        "output.weight": (10, 64),
-        "output.bias": (10,),
-    }
-    for name, shape in expected.items():
-        show(f"SimpleNet's {name}", shapes.pop(name), shape)
-    show("and nothing else", shapes, {})
-
-
-@section("model.outputs", "N2")
-def model_outputs(device: torch.device) -> None:
-    """The models of this package: their output is (B, classes), their parameters the sum over the layers."""
-    images = torch.randn(2, 1, 28, 28, device=device)
-    conv = _conv_count
-    cnn = conv(1, 32) + 2 * 32 + conv(32, 64) + 2 * 64 + _linear_count(3136, 128) + _linear_count(128, 10)
-    block1 = conv(1, 32) + conv(32, 32) + 2 * (2 * 32)
-    block2 = conv(32, 64) + conv(64, 64) + 2 * (2 * 64)
-    mnist = block1 + block2 + _linear_count(3136, 256) + _linear_count(256, 10)
-    simple = _linear_count(784, 128) + _linear_count(128, 64) + _linear_count(64, 10)
-    cases: list[tuple[nn.Module, int]] = [(models.SimpleNet(), simple), (models.CNN(), cnn), (models.MNISTNet(), mnist)]
-    for model, parameters in cases:
-        name = type(model).__name__
-        show(f"{name}: output shape", model.to(device)(images).shape, (2, 10))
-        show(f"{name}: parameters", count_parameters(model), parameters)
-    mlp = models.MLP(20, 16, 3).to(device)
-    show("MLP(20, 16, 3): output shape", mlp(torch.randn(2, 20, device=device)).shape, (2, 3))
-    by_hand = _linear_count(20, 16) + 2 * 16 + _linear_count(16, 16) + 2 * 16 + _linear_count(16, 3)
-    show("MLP(20, 16, 3): parameters", count_parameters(mlp), by_hand)
-    small = models.NeuralNetwork(50, 3)
-    show("NeuralNetwork(50, 3): parameters", count_parameters(small), 30 * 51 + 20 * 31 + 3 * 21)
-    # Its first linear layer expects 64 * 7 * 7 = 3136 values, and 32 x 32 pixels leave 64 * 8 * 8.
-    wrong = images.new_zeros(2, 1, 32, 32)
-    show_error("MNISTNet on 32 x 32", lambda: cases[2][0](wrong), RuntimeError, "2x4096 and 3136x256")
-
-
-def _linear_count(n: int, m: int) -> int:
-    return n * m + m
-
-
-def _conv_count(n: int, m: int, kernel: int = 3) -> int:
-    return n * m * kernel**2 + m
+    """print(model) shows the layers; count_parameters_by_layer their sizes."""
+    model = tb.NeuralNetwork(50, 3)
+    print(model)
+    kinds = [type(layer).__name__ for layer in model.layers]
+    show(kinds, ["Linear", "ReLU", "Linear", "ReLU", "Linear"])
+    counts = tb.count_parameters_by_layer(tb.SimpleNet(), verbose=False)
+    # Images of 28 * 28 = 784 pixels, hidden layers of 128 and 64 units, 10
+    # classes. Each output of a layer has n weights and a bias: m * (n + 1).
+    show(counts["hidden.0"], 128 * (784 + 1))
+    show(counts["hidden.1"], 64 * (128 + 1))
+    show(counts["output"], 10 * (64 + 1))
+    show(tb.count_parameters(tb.SimpleNet()), sum(counts.values()))
 
 
 @section("predict.softmax", "N9")
-def predict_softmax(device: torch.device) -> None:
-    """softmax turns logits into probabilities; the largest one names the class and how sure the model is."""
-    logits = torch.tensor([[2.0, 1.0, 0.1], [0.0, 0.0, 5.0]], device=device)  # (B, classes)
+def predict_softmax() -> None:
+    """softmax turns a classifier's outputs, the logits, into probabilities.
+
+    The largest one names the class, and how sure the model is."""
+    logits = torch.tensor([[2.0, 1.0, 0.1], [0.0, 0.0, 5.0]])
+    probabilities = logits.softmax(dim=1)  # (B, classes)
     total = math.exp(2) + math.exp(1) + math.exp(0.1)
-    probabilities = logits.softmax(dim=1)
-    show("softmax of 2, 1, 0.1", probabilities[0], [math.exp(2) / total, math.exp(1) / total, math.exp(0.1) / total])
-    show("each row sums to 1", probabilities.sum(1), [1, 1])
+    show(probabilities[0], [math.exp(v) / total for v in (2, 1, 0.1)])
+    show(probabilities.sum(dim=1), [1.0, 1.0])
     confidence, predicted = probabilities.max(dim=1)
-    show("predicted classes", predicted, [0, 2])
-    show("their probabilities", confidence, [math.exp(2) / total, math.exp(5) / (2 + math.exp(5))])
-    show("argmax of the logits is the same", logits.argmax(1), [0, 2])
-    # Only differences count: adding 1000 to all logits changes nothing, where exp(1000) alone would be infinite.
-    shifted = (logits + 1000).softmax(dim=1)
-    show("softmax(logits + 1000) - softmax(logits)", (shifted - probabilities).abs().max(), 0, atol=1e-4)
-
-
-# Losses ---------------------------------------------------------------------------------------------------------------
-
-
-@section("loss.cross_entropy", "N4")
-def loss_cross_entropy(device: torch.device) -> None:
-    """CrossEntropyLoss takes logits and class numbers: the mean of -log(probability of the right class)."""
-    logits = torch.tensor([[2.0, 1.0, 0.1], [0.5, 2.5, 0.3]], device=device)  # (B, classes)
-    targets = torch.tensor([0, 2], device=device)  # (B,), int64
-    first = math.log(math.exp(2) + math.exp(1) + math.exp(0.1)) - 2
-    second = math.log(math.exp(0.5) + math.exp(2.5) + math.exp(0.3)) - 0.3
-    show("CrossEntropyLoss", nn.CrossEntropyLoss()(logits, targets), (first + second) / 2)
-    show('reduction="none"', nn.CrossEntropyLoss(reduction="none")(logits, targets), [first, second])
-    show('reduction="sum"', nn.CrossEntropyLoss(reduction="sum")(logits, targets), first + second)
-    show("ten classes, equal logits: log(10)", F.cross_entropy(torch.zeros(1, 10), torch.tensor([3])), math.log(10))
-    # The classic mistake: softmax before the loss. It runs, but the loss is another and training is slow.
-    twice = [math.exp(2), math.exp(1), math.exp(0.1)]
-    p = [value / sum(twice) for value in twice]
-    wrong = math.log(sum(map(math.exp, p))) - p[0]
-    show("softmax applied twice", F.cross_entropy(logits[:1].softmax(1), targets[:1]), wrong)
-
-
-@section("loss.nll", "N4")
-def loss_nll(device: torch.device) -> None:
-    """NLLLoss takes log-probabilities: after log_softmax it is the cross-entropy."""
-    log_probabilities = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]], device=device))
-    targets = torch.tensor([0, 1], device=device)
-    expected = -(math.log(0.7) + math.log(0.3)) / 2
-    show("NLLLoss", nn.NLLLoss()(log_probabilities, targets), expected)
-    show("CrossEntropyLoss of the same: log_softmax twice", F.cross_entropy(log_probabilities, targets), expected)
-
-
-@section("loss.smoothing", "N4")
-def loss_smoothing(device: torch.device) -> None:
-    """Label smoothing e gives the right class 1 - e and spreads e over all classes, so that no logit runs away."""
-    p = [0.7, 0.2, 0.1]
-    logits = torch.tensor([p], device=device).log()
-    surprises = [-math.log(value) for value in p]
-    expected = 0.9 * surprises[0] + 0.1 * sum(surprises) / 3
-    target = torch.tensor([0], device=device)
-    show("label_smoothing=0.1", nn.CrossEntropyLoss(label_smoothing=0.1)(logits, target), expected)
-    soft = torch.tensor([[0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3]], device=device)
-    show("the same by target probabilities", nn.CrossEntropyLoss()(logits, soft), expected)
-
-
-@section("loss.binary", "N4")
-def loss_binary(device: torch.device) -> None:
-    """BCELoss takes probabilities, BCEWithLogitsLoss logits, which also survives large ones."""
-    logits = torch.tensor([2.0, -1.0], device=device)
-    targets = torch.tensor([1.0, 0.0], device=device)  # floats, not class numbers
-    p = [1 / (1 + math.exp(-v)) for v in (2, -1)]
-    expected = -(math.log(p[0]) + math.log(1 - p[1])) / 2
-    show("BCELoss of sigmoid(logits)", nn.BCELoss()(logits.sigmoid(), targets), expected)
-    show("BCEWithLogitsLoss of logits", nn.BCEWithLogitsLoss()(logits, targets), expected)
-    large, zero = torch.tensor([300.0], device=device), torch.tensor([0.0], device=device)
-    show("logit 300, target 0: with logits", nn.BCEWithLogitsLoss()(large, zero), 300)
-    show("through a sigmoid the log is cut at 100", nn.BCELoss()(large.sigmoid(), zero), 100)
+    show(predicted, [0, 2])
+    show(confidence[1], math.exp(5) / (2 + math.exp(5)))
+    # To find the class alone, the logits are enough.
+    show(logits.argmax(dim=1), [0, 2])
+    # Only differences count. exp(1000) alone would be infinite.
+    show((logits + 1000).softmax(dim=1)[1], probabilities[1])
 
 
 @section("loss.regression", "N4")
-def loss_regression(device: torch.device) -> None:
-    """Squared, absolute, and smooth: the last is squared below 1 and straight above, so outliers weigh less."""
-    prediction, target = torch.tensor([1.0, 2.0, 6.0], device=device), torch.tensor([1.0, 2.5, 3.0], device=device)
-    show("MSELoss: (0 + 0.25 + 9) / 3", nn.MSELoss()(prediction, target), (0 + 0.25 + 9) / 3)
-    show("L1Loss: (0 + 0.5 + 3) / 3", nn.L1Loss()(prediction, target), (0 + 0.5 + 3) / 3)
-    show("SmoothL1Loss: (0 + 0.125 + 2.5) / 3", nn.SmoothL1Loss()(prediction, target), (0 + 0.125 + 2.5) / 3)
+def loss_regression() -> None:
+    """A loss is one number to lower: how far predictions are from targets.
+
+    Squared errors make outliers heavy, absolute errors do not. SmoothL1 is
+    squared below 1 and straight above."""
+    prediction = torch.tensor([1.0, 2.0, 6.0])
+    target = torch.tensor([1.0, 2.5, 3.0])
+    # the errors: 0, -0.5 and 3
+    show(nn.MSELoss()(prediction, target), (0 + 0.5**2 + 3**2) / 3)
+    show(nn.L1Loss()(prediction, target), (0 + 0.5 + 3) / 3)
+    # d * d / 2 below 1, |d| - 1/2 above
+    show(nn.SmoothL1Loss()(prediction, target), (0 + 0.125 + 2.5) / 3)
+    show(nn.MSELoss(reduction="sum")(prediction, target), 0.25 + 9)
+    # Each loss is also a function: F.mse_loss, F.cross_entropy, ...
+    show(F.l1_loss(prediction, target), 3.5 / 3)
 
 
 @section("loss.own", "N4")
-def loss_own(device: torch.device) -> None:
-    """A loss of one's own is a module whose forward returns a scalar: here MSE + weight * L1."""
-    prediction = torch.tensor([1.0, 2.0, 6.0], device=device, requires_grad=True)
-    target = torch.tensor([1.0, 2.5, 3.0], device=device)
-    loss = models.CustomLoss(weight=0.5)(prediction, target)
-    show("CustomLoss(weight=0.5)", loss, 9.25 / 3 + 0.5 * 3.5 / 3)
+def loss_own() -> None:
+    """A loss of your own is a module whose forward returns a scalar."""
+
+    class SquaredAndAbsolute(nn.Module):
+        def __init__(self, weight: float) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, prediction: torch.Tensor, target: torch.Tensor):
+            error = prediction - target
+            return error.square().mean() + self.weight * error.abs().mean()
+
+    prediction = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
+    target = torch.tensor([1.0, 2.5, 3.0])
+    loss = SquaredAndAbsolute(weight=0.5)(prediction, target)
+    show(loss, 9.25 / 3 + 0.5 * 3.5 / 3)
     loss.backward()
-    # The slope of each term: (2 d + 0.5 sign(d)) / 3 for the differences 0, -0.5 and 3.
-    show("its gradient", prediction.grad, [0, (-1 - 0.5) / 3, (6 + 0.5) / 3])
+    # (2 d + 0.5 sign(d)) / 3 for the errors 0, -0.5 and 3
+    show(prediction.grad, [0.0, (-1 - 0.5) / 3, (6 + 0.5) / 3])
+    # The package has this one, too.
+    show(tb.CustomLoss(0.5)(prediction, target), 9.25 / 3 + 0.5 * 3.5 / 3)
 
 
-# Optimizers -----------------------------------------------------------------------------------------------------------
+@section("loss.cross_entropy", "N4")
+def loss_cross_entropy() -> None:
+    """CrossEntropyLoss takes logits and class numbers.
+
+    It is the mean of -log(probability of the right class): 0 if the model is
+    sure and right, large if it is sure and wrong."""
+    logits = torch.tensor([[2.0, 1.0, 0.1], [0.5, 2.5, 0.3]])
+    targets = torch.tensor([0, 2])  # (B,), int64
+    first = math.log(math.exp(2) + math.exp(1) + math.exp(0.1)) - 2
+    second = math.log(math.exp(0.5) + math.exp(2.5) + math.exp(0.3)) - 0.3
+    show(nn.CrossEntropyLoss()(logits, targets), (first + second) / 2)
+    each = nn.CrossEntropyLoss(reduction="none")(logits, targets)
+    show(each, [first, second])
+    # A model that knows nothing loses log(10) on ten classes: what the first
+    # batch of a new classifier should show.
+    show(F.cross_entropy(torch.zeros(1, 10), torch.tensor([3])), math.log(10))
+    # The classic mistake: softmax before the loss, which has one already. It
+    # runs, but even a perfect model would keep losing.
+    sure = torch.tensor([[100.0, 0.0, 0.0]])
+    show(F.cross_entropy(sure, torch.tensor([0])), 0.0)
+    twice = F.cross_entropy(sure.softmax(1), torch.tensor([0]))
+    show(twice, math.log(math.e + 2) - 1)
 
 
-def _descend(make: Callable[..., torch.optim.Optimizer], steps: int, device: torch.device, **options: Any) -> Any:
-    """Return w, started at (1, -2), after some steps down the loss sum(w^2) / 2, whose gradient is w itself."""
-    w = torch.tensor([1.0, -2.0], requires_grad=True, device=device)
-    optimizer = make([w], **options)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (w**2).sum().div(2).backward()
-        optimizer.step()
-    return w.tolist()
+@section("loss.nll", "N4")
+def loss_nll() -> None:
+    """NLLLoss takes log-probabilities: after log_softmax it is cross-entropy."""
+    logits = torch.tensor([[2.0, 1.0, 0.1]])
+    log_p = logits.log_softmax(dim=1)
+    total = math.exp(2) + math.exp(1) + math.exp(0.1)
+    show(log_p[0], [v - math.log(total) for v in (2, 1, 0.1)])
+    target = torch.tensor([1])
+    show(nn.NLLLoss()(log_p, target), math.log(total) - 1)
+    show(nn.CrossEntropyLoss()(logits, target), math.log(total) - 1)
+
+
+@section("loss.smoothing", "N4")
+def loss_smoothing() -> None:
+    """Label smoothing asks for a little less than certainty.
+
+    With e = 0.1 the right class should get 1 - e, and e is spread over all
+    classes, so that no logit must grow for ever."""
+    p = [0.7, 0.2, 0.1]
+    logits, target = torch.tensor([p]).log(), torch.tensor([0])
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, target)
+    show(smoothed, -0.9 * math.log(0.7) - 0.1 / 3 * sum(map(math.log, p)))
+    # Targets may also be probabilities: the same, written out.
+    wanted = torch.tensor([[0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3]])
+    show(nn.CrossEntropyLoss()(logits, wanted), smoothed)
+
+
+@section("loss.binary", "N4")
+def loss_binary() -> None:
+    """For yes or no: BCELoss takes probabilities, BCEWithLogitsLoss logits.
+
+    Prefer the second: it also survives large logits."""
+    logits = torch.tensor([2.0, -1.0])
+    targets = torch.tensor([1.0, 0.0])  # floats
+    yes, no = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))
+    expected = -(math.log(yes) + math.log(1 - no)) / 2
+    show(nn.BCELoss()(logits.sigmoid(), targets), expected)
+    show(nn.BCEWithLogitsLoss()(logits, targets), expected)
+    large, zero = torch.tensor([300.0]), torch.tensor([0.0])
+    show(nn.BCEWithLogitsLoss()(large, zero), 300.0)
+    # sigmoid(300) is 1 in float32, and the log of 0 is cut at -100.
+    show(nn.BCELoss()(large.sigmoid(), zero), 100.0)
 
 
 @section("optimizer.sgd", "N5")
-def optimizer_sgd(device: torch.device) -> None:
-    """SGD steps against the gradient: w - lr * g; momentum adds a velocity v = 0.9 v + g and steps along it."""
-    show("SGD: one step", _descend(torch.optim.SGD, 1, device, lr=0.1), [1 - 0.1, -2 + 0.2])
-    show("SGD: three steps, each times 0.9", _descend(torch.optim.SGD, 3, device, lr=0.1), [0.9**3, -2 * 0.9**3])
-    w, v = 1.0, 0.0
+def optimizer_sgd() -> None:
+    """An optimizer changes the weights by their gradients, to lower the loss.
+
+    SGD steps against the gradient: w - lr * g. Momentum keeps a velocity
+    v = 0.9 v + g and steps along it: w - lr * v."""
+    w = torch.tensor([1.0, -2.0], requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=0.1)
     for _ in range(3):
-        v = 0.9 * v + w
-        w -= 0.1 * v
-    show("momentum 0.9: three steps", _descend(torch.optim.SGD, 3, device, lr=0.1, momentum=0.9), [w, -2 * w])
+        optimizer.zero_grad()
+        (w**2 / 2).sum().backward()  # the gradient is w itself
+        optimizer.step()
+    # each step multiplies by 1 - lr
+    show(w, [0.9**3, -2 * 0.9**3])
+
+    w = torch.tensor([1.0, -2.0], requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (w**2 / 2).sum().backward()
+        optimizer.step()
+    by_hand, velocity = 1.0, 0.0
+    for _ in range(3):
+        velocity = 0.9 * velocity + by_hand
+        by_hand -= 0.1 * velocity
+    show(w, [by_hand, -2 * by_hand])
 
 
 @section("optimizer.adam", "N5")
-def optimizer_adam(device: torch.device) -> None:
-    """Adam divides the mean gradient by its typical size: the first step is lr, however large or small the gradient."""
-    show("Adam: one step of 0.1 each", _descend(torch.optim.Adam, 1, device, lr=0.1), [1 - 0.1, -2 + 0.1])
-    expected = []
-    for w in (1.0, -2.0):
-        m = v = 0.0
+def optimizer_adam() -> None:
+    """Adam divides a mean of the gradients by their usual size.
+
+    So its steps are about lr, however large or small the gradients are. It
+    is the usual start; the default lr is 1e-3."""
+    w = torch.tensor([1.0, -2000.0], requires_grad=True)
+    optimizer = torch.optim.Adam([w], lr=0.1)
+    after = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        (w**2 / 2).sum().backward()  # the gradient is w itself
+        optimizer.step()
+        after.append(w.tolist())
+    show(after[0], [1 - 0.1, -2000 + 0.1], rtol=1e-6, atol=0)
+    by_hand = [1.0, -2000.0]
+    for i in (0, 1):
+        mean = square = 0.0
         for t in (1, 2, 3):
-            m, v = 0.9 * m + 0.1 * w, 0.999 * v + 0.001 * w**2
-            w -= 0.1 * (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        expected.append(w)
-    show("Adam: three steps", _descend(torch.optim.Adam, 3, device, lr=0.1), expected)
+            mean = 0.9 * mean + 0.1 * by_hand[i]
+            square = 0.999 * square + 0.001 * by_hand[i] ** 2
+            # Both start at 0, which these divisions make up for.
+            m, s = mean / (1 - 0.9**t), square / (1 - 0.999**t)
+            by_hand[i] -= 0.1 * m / (math.sqrt(s) + 1e-8)
+    show(after[2], by_hand, rtol=1e-6, atol=0)
 
 
 @section("optimizer.decay", "N5")
-def optimizer_decay(device: torch.device) -> None:
-    """Weight decay pulls weights to zero: SGD and Adam add it to the gradient, AdamW shrinks the weight itself."""
+def optimizer_decay() -> None:
+    """Weight decay pulls weights to zero; AdamW does so in proportion.
 
-    def without_gradient(make: Callable[..., torch.optim.Optimizer], decay: float) -> float:
-        w = torch.tensor(2.0, requires_grad=True, device=device)
-        w.grad = torch.zeros_like(w)
-        make([w], lr=0.1, weight_decay=decay).step()
+    SGD and Adam add decay * w to the gradient. Adam then divides by its
+    size, so any decay pulls alike. AdamW shrinks the weight itself."""
+
+    def step(optimizer: type, decay: float) -> float:
+        w = torch.tensor(2.0, requires_grad=True)
+        w.grad = torch.zeros_like(w)  # so that nothing but the decay acts
+        optimizer([w], lr=0.1, weight_decay=decay).step()
         return w.item()
 
-    show("SGD, decay 0.5: w - lr * 0.5 w", without_gradient(torch.optim.SGD, 0.5), 2 - 0.1 * 0.5 * 2)
-    # Where the decay is all the gradient, Adam's division undoes its size: the step is lr. AdamW exists for this.
-    show("Adam, decay 0.5: w - lr", without_gradient(torch.optim.Adam, 0.5), 2 - 0.1)
-    show("Adam, decay 0.01: the same", without_gradient(torch.optim.Adam, 0.01), 2 - 0.1)
-    show("AdamW, decay 0.5: w (1 - lr * 0.5)", without_gradient(torch.optim.AdamW, 0.5), 2 * (1 - 0.1 * 0.5))
-    show("AdamW, decay 0.01: w (1 - lr * 0.01)", without_gradient(torch.optim.AdamW, 0.01), 2 * (1 - 0.1 * 0.01))
-    both = _descend(torch.optim.AdamW, 1, device, lr=0.1, weight_decay=0.5)
-    show("AdamW: shrunk, then Adam's step", both, [1 * 0.95 - 0.1, -2 * 0.95 + 0.1])
+    show(step(torch.optim.SGD, 0.5), 2 - 0.1 * (0.5 * 2), rtol=1e-6, atol=0)
+    show(step(torch.optim.Adam, 0.5), 2 - 0.1, rtol=1e-6, atol=0)
+    show(step(torch.optim.Adam, 0.01), 2 - 0.1, rtol=1e-6, atol=0)  # the same
+    show(step(torch.optim.AdamW, 0.5), 2 * (1 - 0.1 * 0.5), rtol=1e-6, atol=0)
+    show(step(torch.optim.AdamW, 0.01), 2 * (1 - 0.1 * 0.01), rtol=1e-6, atol=0)
 
 
 @section("optimizer.adaptive", "N5")
-def optimizer_adaptive(device: torch.device) -> None:
-    """RMSprop divides by a running mean of squared gradients, Adagrad by the root of their sum, so it slows down."""
-    rms, ada = [], []
-    for start in (1.0, -2.0):
-        w, mean = start, 0.0
+def optimizer_adaptive() -> None:
+    """RMSprop divides by a running mean of squares, Adagrad by their sum.
+
+    Adagrad's sum only grows, so it slows down."""
+
+    def descend(optimizer_class: type) -> list[float]:
+        w = torch.tensor(1.0, requires_grad=True)
+        optimizer, after = optimizer_class([w], lr=0.1), []
         for _ in range(2):
-            mean = 0.99 * mean + 0.01 * w**2
-            w -= 0.1 * w / (math.sqrt(mean) + 1e-8)
-        rms.append(w)
-        w, total = start, 0.0
-        for _ in range(2):
-            total += w**2
-            w -= 0.1 * w / (math.sqrt(total) + 1e-10)
-        ada.append(w)
-    # The running mean starts at 0, so RMSprop's first step is 10 lr = lr / sqrt(0.01).
-    show("RMSprop: one step", _descend(torch.optim.RMSprop, 1, device, lr=0.1), [0, -1])
-    show("RMSprop: two steps", _descend(torch.optim.RMSprop, 2, device, lr=0.1), rms)
-    show("Adagrad: one step", _descend(torch.optim.Adagrad, 1, device, lr=0.1), [0.9, -1.9])
-    show("Adagrad: two steps", _descend(torch.optim.Adagrad, 2, device, lr=0.1), ada)
+            optimizer.zero_grad()
+            (w**2 / 2).backward()  # the gradient is w itself
+            optimizer.step()
+            after.append(w.item())
+        return after
+
+    # The running mean 0.99 v + 0.01 g * g starts at 0, so the first step is
+    # 0.1 * 1 / sqrt(0.01) = 1 and reaches 0, where the gradient is 0.
+    show(descend(torch.optim.RMSprop), [0.0, 0.0], rtol=0, atol=1e-6)
+    # 1 - 0.1 * 1 / 1, then a gradient of 0.9
+    second = 0.9 - 0.1 * 0.9 / math.sqrt(1 + 0.9**2)
+    show(descend(torch.optim.Adagrad), [0.9, second], rtol=1e-6, atol=0)
 
 
 @section("optimizer.lbfgs", "N5")
-def optimizer_lbfgs(device: torch.device) -> None:
-    """LBFGS learns the curvature from its steps; it evaluates the loss several times, so it takes a closure."""
+def optimizer_lbfgs() -> None:
+    """LBFGS learns the curvature from its steps: for small, smooth problems.
 
-    def minimise(**options: Any) -> list[float]:
-        w = torch.tensor([1.0, -2.0], requires_grad=True, device=device)
+    It evaluates the loss several times in a step, so it takes a closure."""
+
+    def minimise(**options) -> list[float]:
+        w = torch.tensor([1.0, -2.0], requires_grad=True)
         optimizer = torch.optim.LBFGS([w], **options)
 
-        def closure() -> Tensor:
+        def closure() -> torch.Tensor:
             optimizer.zero_grad()
             loss = 0.5 * (w[0] - 3) ** 2 + 2 * (w[1] - 4) ** 2
             loss.backward()
@@ -478,299 +383,840 @@ def optimizer_lbfgs(device: torch.device) -> None:
         optimizer.step(closure)
         return w.tolist()
 
-    # The gradient at (1, -2) is (-2, -24); the first step is cut to lr / sum(|g|).
-    show("first iteration: w - g / 26", minimise(max_iter=1), [1 + 2 / 26, -2 + 24 / 26])
-    exact = minimise(max_iter=20, line_search_fn="strong_wolfe")
-    show("20 iterations reach the minimum (3, 4)", exact, [3, 4], atol=1e-3)
+    # The gradient at (1, -2) is (-2, -24). The first step is g / sum(|g|).
+    show(minimise(max_iter=1), [1 + 2 / 26, -2 + 24 / 26], rtol=1e-5, atol=0)
+    best = minimise(max_iter=20, line_search_fn="strong_wolfe")
+    show(best, [3.0, 4.0], rtol=0, atol=1e-3)
 
 
-# Schedules ------------------------------------------------------------------------------------------------------------
+@section("train.by_hand", "M1")
+def train_by_hand(device: torch.device) -> None:
+    """Training is five steps, again and again. Trainer does the same.
+
+    Here a line is fitted to points on y = 3 x + 2."""
+    x = torch.linspace(-1, 1, 65, device=device)[:, None]  # (65, 1)
+    y = 3 * x + 2
+    model = nn.Linear(1, 1).to(device)
+    start = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    losses = []
+    for epoch in range(101):
+        outputs = model(x)  # 1. predict
+        loss = F.mse_loss(outputs, y)  # 2. compare
+        optimizer.zero_grad()  # 3. clear the old gradients
+        loss.backward()  # 4. compute the new ones
+        optimizer.step()  # 5. change the weights
+        losses.append(loss.item())
+        if epoch % 20 == 0:
+            print(f"epoch {epoch:3}: loss {losses[-1]:.2e}")
+    show(model.weight.item(), 3.0, rtol=0, atol=1e-4)
+    show(model.bias.item(), 2.0, rtol=0, atol=1e-4)
+    # For this data each step multiplies the bias's error by 1 - 2 lr and
+    # the weight's by 1 - 2 lr * mean(x * x). So the loss is known:
+    mean = sum((i / 32 - 1) ** 2 for i in range(65)) / 65
+    w, b = start.weight.item() - 3, start.bias.item() - 2
+    formula = [mean * (w * (1 - 0.4 * mean) ** t) ** 2 + (b * 0.6**t) ** 2
+               for t in (0, 1, 20)]
+    show([losses[0], losses[1], losses[20]], formula, rtol=1e-3, atol=0)
+    # A loader is anything that gives batches: here a list of one.
+    optimizer = torch.optim.SGD(start.parameters(), lr=0.2)
+    trainer = tb.Trainer(start, nn.MSELoss(), optimizer, device)
+    history = trainer.fit([(x, y)], num_epochs=101, verbose=False)
+    show(history["train_loss"] == losses, True)  # bit for bit
 
 
-def _rates(make: Callable[[torch.optim.Optimizer], Any], steps: int, metrics: list[float] | None = None) -> list[float]:
-    """Return the learning rate, 1.0 at first, in each step; the schedule moves after the optimizer."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = make(optimizer)
-    rates = []
-    for step in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step(*[metrics[step]] if metrics else [])
-    return rates
+@section("train.symmetry", "M2")
+def train_symmetry() -> None:
+    """Weights must start at random: equal units stay equal for ever.
+
+    Units with equal weights get equal gradients. However many there are, the
+    layer can do no more than one of them. XOR needs two."""
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    y = torch.tensor([[0.0], [1.0], [1.0], [0.0]])
+    results = {}
+    for name in ("constant", "random"):
+        model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+        if name == "constant":
+            for parameter in model.parameters():
+                nn.init.constant_(parameter, 0.5)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+        weights = model[0].weight.detach().round(decimals=4)
+        different = len(weights.unique(dim=0))
+        results[name] = (different, loss.item() < 0.01)
+    # how many of the 8 units differ, and whether XOR was learnt
+    show(results["constant"], (1, False))
+    show(results["random"], (8, True))
 
 
-@section("schedule.step", "N6")
-def schedule_step() -> None:
-    """StepLR multiplies the rate by gamma every step_size epochs."""
-    rates = _rates(lambda optimizer: lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1), 6)
-    show("step_size=2, gamma=0.1", rates, [0.1 ** (t // 2) for t in range(6)])
+@section("train.one_batch", "M5")
+def train_one_batch(device: torch.device) -> None:
+    """First test of a new model: can it learn one batch by heart?
+
+    If it cannot, something is wrong: the loss, the labels, a layer without
+    gradient, or the learning rate. GradientMonitor tells the last."""
+    images, labels = tb.draw_digits(32)  # uint8 (32, 1, 28, 28)
+    x, y = (images / 255).to(device), labels.to(device)
+
+    def learn(optimizer_class, lr, clip=math.inf, start=1.0, **options):
+        torch.manual_seed(0)
+        model = tb.SimpleNet().to(device)
+        optimizer = optimizer_class(model.parameters(), lr=lr, **options)
+        monitor = tb.GradientMonitor(model, optimizer, every=1)
+        schedule = tb.warmup_lr_scheduler(optimizer, 50, start)
+        losses = []
+        for _ in range(60):
+            loss = F.cross_entropy(model(x), y)
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            # scales the gradient down if its norm is above `clip`
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            schedule.step()  # the rate rises from start * lr to lr
+        accuracy = (model(x).argmax(1) == y).float().mean().item()
+        return accuracy, losses, list(monitor.problems)
+
+    accuracy, losses, problems = learn(torch.optim.Adam, lr=1e-3)
+    show((accuracy, problems), (1.0, []))
+    # Nothing known yet, so the first loss is about log(10).
+    show(losses[0], math.log(10), rtol=0.05, atol=0)
+
+    # A rate that is too high: after some steps the loss leaps.
+    accuracy, losses, problems = learn(torch.optim.SGD, lr=0.5, momentum=0.9)
+    show(accuracy < 0.5, True)
+    show(problems[0], "too high")
+    # Remedies: a lower rate, or a limit for the gradient's norm.
+    show(learn(torch.optim.SGD, lr=0.1, momentum=0.9)[0], 1.0)
+    show(learn(torch.optim.SGD, lr=0.5, momentum=0.9, clip=0.5)[0], 1.0)
+
+    # Adam's first steps are all about lr: here the very first one harms.
+    accuracy, losses, problems = learn(torch.optim.Adam, lr=0.1)
+    show((losses[1] > 2 * losses[0], problems[0]), (True, "too high"))
+    # Warm-up helps, since first steps are small.
+    accuracy, losses, problems = learn(torch.optim.Adam, lr=0.1, start=0.01)
+    show((accuracy, losses[1] < losses[0]), (1.0, True))
 
 
-@section("schedule.cosine", "N6")
-def schedule_cosine() -> None:
-    """CosineAnnealingLR follows half a cosine from the rate down to eta_min."""
-    rates = _rates(lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=4, eta_min=0.2), 5)
-    show("T_max=4, eta_min=0.2", rates, [0.2 + 0.8 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(5)])
-    # It is periodic: run on past T_max and the rate rises again.
-    longer = _rates(lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=4), 9)
-    show("after 2 * T_max steps: back at the start", longer[8], 1.0)
+@section("train.accumulate", "P4")
+def train_accumulate() -> None:
+    """Eight batches of 4 give the gradient of one batch of 32.
+
+    When a batch does not fit into memory, cut it up: backward adds to .grad.
+    Divide each loss by the number of parts, since the loss is a mean."""
+    model = nn.Linear(3, 2)
+    x, y = torch.randn(32, 3), torch.randn(32, 2)
+    F.mse_loss(model(x), y).backward()
+    whole = model.weight.grad.clone()
+    # by hand: the mean of 64 squares has the derivative 2 / 64 * error * x
+    error = x @ model.weight.T + model.bias - y
+    show(whole, 2 / 64 * error.T @ x)
+    model.zero_grad()
+    for i in range(0, 32, 4):
+        (F.mse_loss(model(x[i : i + 4]), y[i : i + 4]) / 8).backward()
+    show(model.weight.grad, whole)
 
 
-@section("schedule.plateau", "N6")
-def schedule_plateau() -> None:
-    """ReduceLROnPlateau lowers the rate after more than `patience` epochs without a better loss."""
-    losses = [5.0, 4.0, 4.0, 4.0, 4.0, 3.0, 3.0]
-    rates = _rates(lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2), 7, losses)
-    # 4.0 is best after the second epoch; the third bad epoch in a row is the fifth.
-    show("losses 5 4 4 4 4 3 3, patience 2", rates, [1, 1, 1, 1, 1, 0.5, 0.5])
+@section("train.token_weights", "W7")
+def train_token_weights() -> None:
+    """Unequal parts must be weighted by the targets that they hold.
+
+    Padded text: a batch's loss is the mean over its tokens, without the
+    padding. The mean of such means gives short texts too much weight."""
+    model = nn.Linear(3, 5)
+    x = torch.randn(4, 6, 3)  # (texts, tokens, values)
+    y = torch.randint(5, (4, 6))
+    for text, length in enumerate((6, 1, 3, 2)):
+        y[text, length:] = -100  # padding: cross_entropy ignores this class
+    start = copy.deepcopy(model)
+    F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    whole = model.weight.grad.clone()  # of the mean over all 12 tokens
+
+    def by_parts(weights: list[float]) -> torch.Tensor:
+        model.zero_grad()
+        for i, weight in enumerate(weights):
+            (F.cross_entropy(model(x[i]), y[i]) * weight).backward()
+        return model.weight.grad
+
+    right = by_parts([6 / 12, 1 / 12, 3 / 12, 2 / 12])
+    show(right, whole)
+    off = (by_parts([1 / 4] * 4) - whole).norm() / whole.norm()
+    print(f"the mean of means is off by {off:.0%}")
+    show(off > 0.1, True)
+
+    # Trainer(accumulate=4) weights the parts in this way: one step of it
+    # moves the weights by -lr * (gradient of the whole).
+    class Tagger(tb.Trainer):
+        def compute_loss(self, batch):
+            outputs = self.model(batch[0]).transpose(1, 2)  # (B, 5, tokens)
+            return self.criterion(outputs, batch[1]), outputs, batch[1]
+
+    optimizer = torch.optim.SGD(start.parameters(), lr=0.1)
+    before = start.weight.detach().clone()
+    expected = before - 0.1 * whole
+    trainer = Tagger(start, nn.CrossEntropyLoss(), optimizer, accumulate=4)
+    trainer.train_one_epoch(list(zip(x.split(1), y.split(1), strict=True)))
+    show(torch.equal(start.weight, before), False)
+    show((start.weight - expected).abs().max(), 0.0)
 
 
-@section("schedule.one_cycle", "N6")
-def schedule_one_cycle() -> None:
-    """OneCycleLR rises to max_lr, then falls far below the start, along two half cosines; it steps per batch."""
-    total, low, top, end = 10, 1 / 25, 1.0, 1 / 25 / 1e4
-    rates = _rates(lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=top, total_steps=total), total)
-    peak = 0.3 * total - 1  # pct_start = 0.3
-    rise = [_half_cosine(low, top, t / peak) for t in range(3)]
-    fall = [_half_cosine(top, end, (t - peak) / (total - 1 - peak)) for t in range(3, total)]
-    show("max_lr=1, 10 steps", rates, rise + fall)
-    show("its top is at step", rates.index(max(rates)), 2)
-    show("its end: max_lr / 25 / 10,000", rates[-1], 4e-6, atol=0)
+@section("layer.convolution", "N1")
+def layer_convolution() -> None:
+    """A convolution slides small weights, the kernel, over its input.
+
+    The same few weights everywhere: few parameters, and a pattern is found
+    wherever it is. n values become (n + 2 padding - kernel) // stride + 1."""
+    signal = torch.tensor([[[1.0, 2.0, 4.0, 8.0]]])  # (B, C, length)
+    layer = nn.Conv1d(1, 1, kernel_size=3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[[1.0, 0.0, -1.0]]]))
+        layer.bias.fill_(10.0)
+    show(layer(signal), [[[1 - 4 + 10.0, 2 - 8 + 10.0]]])
+
+    image = torch.tensor([[[[1.0, 2.0, 4.0], [8.0, 16.0, 32.0],
+                            [64.0, 128.0, 256.0]]]])
+    layer = nn.Conv2d(1, 1, kernel_size=2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[[[1.0, 0.0], [0.0, -1.0]]]]))
+    # each pixel minus the one below and to the right
+    show(layer(image), [[[[1 - 16.0, 2 - 32.0], [8 - 128.0, 16 - 256.0]]]])
+
+    # 32 kernels on one channel. Padding of 1 keeps the size with kernels of 3.
+    digits = torch.zeros(4, 1, 28, 28)  # (B, C, H, W)
+    layer = nn.Conv2d(1, 32, kernel_size=3, padding=1)
+    show(layer(digits).shape, (4, 32, 28, 28))
+    show(tb.count_parameters(layer), 1 * 32 * 3 * 3 + 32)
+    strided = nn.Conv2d(1, 8, kernel_size=5, stride=2)
+    show(strided(digits).shape, (4, 8, (28 - 5) // 2 + 1, (28 - 5) // 2 + 1))
 
 
-def _half_cosine(start: float, end: float, share: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+@section("layer.pooling", "N1")
+def layer_pooling() -> None:
+    """Pooling summarises windows, without parameters.
+
+    The adaptive one takes the size of the output: images may differ in size."""
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    print(x[0, 0])
+    show(nn.MaxPool2d(2)(x), [[[[5.0, 7.0], [13.0, 15.0]]]])
+    show(nn.AvgPool2d(2)(x), [[[[2.5, 4.5], [10.5, 12.5]]]])
+    show(nn.AdaptiveAvgPool2d(1)(x), [[[[7.5]]]])
+    show(nn.AdaptiveAvgPool2d((1, 2))(x), [[[[6.5, 8.5]]]])
 
 
-@section("schedule.warmup", "N6")
-def schedule_warmup() -> None:
-    """LinearLR warms up: small first steps, while Adam's averages are young and the weights random."""
-    rates = _rates(lambda optimizer: lr_scheduler.LinearLR(optimizer, start_factor=0.2, total_iters=4), 6)
-    show("from 0.2 in 4 steps", rates, [0.2, 0.4, 0.6, 0.8, 1, 1])
+@section("layer.batchnorm", "N1", "N3")
+def layer_batchnorm() -> None:
+    """BatchNorm brings each feature to mean 0 and deviation 1.
+
+    In training it uses the batch and keeps running averages. After
+    model.eval() it uses those, so that a prediction does not depend on what
+    else is in the batch. Forgetting eval() is a common mistake."""
+    layer = nn.BatchNorm1d(1)
+    x = torch.tensor([[1.0], [2.0], [6.0]])  # (B, features)
+    # mean 3, squared deviations 4 + 1 + 9 = 14
+    spread = math.sqrt(14 / 3 + 1e-5)  # 1e-5 avoids a division by 0
+    show(layer(x), [[-2 / spread], [-1 / spread], [3 / spread]])
+    # Running averages start at mean 0 and variance 1 and move by a tenth;
+    # this variance is 14 / (3 - 1).
+    show(layer.running_mean, [0.1 * 3])
+    show(layer.running_var, [0.9 * 1 + 0.1 * 7])
+    layer.eval()
+    spread = math.sqrt(0.9 + 0.7 + 1e-5)
+    show(layer(x), [[(v - 0.3) / spread] for v in (1, 2, 6)])
+    show(layer.running_mean, [0.3])  # as before
+    layer.train()
+    show_error(lambda: layer(x[:1]), ValueError, "more than 1 value per channel")
+
+    # In images each channel is a feature: mean 4 and 40, variance 5 and 500.
+    images = torch.tensor([[[[1.0, 3.0]], [[10.0, 30.0]]],
+                           [[[5.0, 7.0]], [[50.0, 70.0]]]])
+    normal = nn.BatchNorm2d(2)(images)  # (B, C, H, W)
+    row = [v / math.sqrt(5) for v in (-3, -1, 1, 3)]
+    show(normal[:, 0].flatten(), row, rtol=1e-4, atol=0)
+    show(normal[:, 1].flatten(), row, rtol=1e-4, atol=0)
+    # It learns a scale and a shift for each channel.
+    show(tb.count_parameters(nn.BatchNorm2d(32)), 32 + 32)
 
 
-@section("schedule.warmup_cosine", "N6")
-def schedule_warmup_cosine() -> None:
-    """SequentialLR puts schedules in a row: a warm-up, then a cosine."""
+@section("layer.layernorm", "N1")
+def layer_layernorm() -> None:
+    """LayerNorm evens out each sample over its features, not over the batch.
 
-    def make(optimizer: torch.optim.Optimizer) -> lr_scheduler.SequentialLR:
-        warmup = lr_scheduler.LinearLR(optimizer, start_factor=0.25, total_iters=3)
-        cosine = lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
-        return lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[3])
+    So it works for one sample too, and training and evaluation are alike."""
+    x = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
+    layer = nn.LayerNorm(2)
+    show(layer(x), [[-1.0, 1.0], [-1.0, 1.0]], rtol=0, atol=1e-4)
+    show(layer.eval()(x[:1]), [[-1.0, 1.0]], rtol=0, atol=1e-4)
+    show(tb.count_parameters(nn.LayerNorm((3, 8))), 2 * 3 * 8)
 
-    cosine = [(1 + math.cos(math.pi * t / 4)) / 2 for t in range(5)]
-    show("3 steps up, 4 steps down", _rates(make, 8), [0.25, 0.5, 0.75, *cosine])
+
+@section("layer.dropout", "N1", "N3")
+def layer_dropout() -> None:
+    """Dropout sets values to 0 at random, but only in training.
+
+    So no unit can rely on one other. The rest is scaled up by 1 / (1 - p),
+    which keeps the mean; evaluation changes nothing."""
+    layer, x = nn.Dropout(0.25), torch.ones(100_000)
+    dropped = layer(x)
+    show(dropped.unique(), [0.0, 1 / 0.75])
+    show((dropped == 0).float().mean(), 0.25, rtol=0, atol=0.01)
+    show(dropped.mean(), 1.0, rtol=0, atol=0.02)
+    layer.eval()
+    show(torch.equal(layer(x), x), True)
+    # Neighbouring pixels say nearly the same: Dropout2d drops channels.
+    maps = nn.Dropout2d(0.5)(torch.ones(8, 16, 3, 3))
+    show(maps.unique(), [0.0, 2.0])
+    whole = (maps == maps[:, :, :1, :1]).all()  # each channel has one value
+    show(whole, True)
 
 
-# Initialisation -------------------------------------------------------------------------------------------------------
+@section("layer.embedding", "N1")
+def layer_embedding() -> None:
+    """An embedding is a table: an index looks up a row, which is learnt."""
+    layer = nn.Embedding(10, 4, padding_idx=0)
+    tokens = torch.tensor([[3, 7, 0], [3, 0, 0]])  # (B, T)
+    vectors = layer(tokens)  # (B, T, 4)
+    show(vectors.shape, (2, 3, 4))
+    show(torch.equal(vectors[0, :2], layer.weight[[3, 7]]), True)
+    show(vectors[1], [layer.weight[3].tolist(), [0.0] * 4, [0.0] * 4])
+    vectors.sum().backward()
+    # Gradients reach the rows that were used; token 3 was used twice, and
+    # the row for padding stays 0.
+    show(layer.weight.grad[:, 0], [0.0, 0, 0, 2, 0, 0, 0, 1, 0, 0])
+
+
+@section("layer.attention", "N1")
+def layer_attention() -> None:
+    """Attention mixes the values of all positions, by weights it computes.
+
+    Each position asks with its query; the weights are the softmax of its
+    products with all keys. Several heads do so on their share of the values."""
+    query, key, value = torch.randn(3, 4, 2)  # (T, E) each
+    weights = (query @ key.T / math.sqrt(2)).softmax(dim=-1)  # (T, T)
+    show(F.scaled_dot_product_attention(query, key, value), weights @ value)
+
+    layer = nn.MultiheadAttention(4, num_heads=2, batch_first=True)
+    x = torch.randn(1, 3, 4)  # (B, T, E)
+    output, weights = layer(x, x, x)
+    # By hand: one matrix makes queries, keys and values; head 1 takes the
+    # first half of each, head 2 the rest; a last layer mixes the heads.
+    qkv = x[0] @ layer.in_proj_weight.T + layer.in_proj_bias  # (T, 3 * E)
+    heads, shares = [], []
+    for half in (slice(0, 2), slice(2, 4)):
+        q, k, v = (part[:, half] for part in qkv.chunk(3, dim=1))
+        shares.append((q @ k.T / math.sqrt(2)).softmax(dim=1))
+        heads.append(shares[-1] @ v)
+    mixed = torch.cat(heads, dim=1)  # (T, E)
+    show(output[0], mixed @ layer.out_proj.weight.T + layer.out_proj.bias)
+    show(weights[0], (shares[0] + shares[1]) / 2)
+    show(tb.count_parameters(layer), 4 * (4 * 4 + 4))
+
+
+@section("layer.recurrent", "N1")
+def layer_recurrent() -> None:
+    """A recurrent layer goes through a sequence and carries a state along.
+
+    Gates between 0 and 1 decide what of the state is kept, and what is new."""
+    x = torch.randn(2, 5, 4)  # (B, T, inputs)
+    lstm = nn.LSTM(4, 3, batch_first=True)
+    output, (hidden, cell) = lstm(x)
+    h = c = torch.zeros(2, 3)  # hidden state and cell
+    for t in range(5):
+        gates = x[:, t] @ lstm.weight_ih_l0.T + lstm.bias_ih_l0
+        gates = gates + h @ lstm.weight_hh_l0.T + lstm.bias_hh_l0
+        take, keep, new, let_out = gates.chunk(4, dim=1)
+        c = keep.sigmoid() * c + take.sigmoid() * new.tanh()
+        h = let_out.sigmoid() * c.tanh()
+    show(output[:, -1], h)
+    show(cell[0], c)
+    # The output has all times. The state has the layer first, then the
+    # batch, even with batch_first=True.
+    show((output.shape, hidden.shape), ((2, 5, 3), (1, 2, 3)))
+    show(torch.equal(output[:, -1], hidden[0]), True)
+    gate = 3 * 4 + 3 * 3 + 2 * 3  # from input and state, and two biases
+    show(tb.count_parameters(lstm), 4 * gate)
+
+    gru = nn.GRU(4, 3, batch_first=True)  # three gates, and no cell
+    output, hidden = gru(x)
+    h = torch.zeros(2, 3)
+    for t in range(5):
+        from_x = (x[:, t] @ gru.weight_ih_l0.T + gru.bias_ih_l0).chunk(3, dim=1)
+        from_h = (h @ gru.weight_hh_l0.T + gru.bias_hh_l0).chunk(3, dim=1)
+        reset = (from_x[0] + from_h[0]).sigmoid()
+        keep = (from_x[1] + from_h[1]).sigmoid()
+        new = (from_x[2] + reset * from_h[2]).tanh()
+        h = keep * h + (1 - keep) * new
+    show(output[:, -1], h)
+    show(tb.count_parameters(gru), 3 * gate)
+
+
+@section("layer.transformer", "N1")
+def layer_transformer() -> None:
+    """A Transformer layer: attention, then two linear layers for each position.
+
+    Around each is a shortcut, x + ..., and a LayerNorm, so that dozens of
+    layers can be stacked."""
+    layer = nn.TransformerEncoderLayer(4, nhead=2, dim_feedforward=8,
+                                       dropout=0.0, batch_first=True)
+    x = torch.randn(1, 3, 4)  # (B, T, E)
+    attended = layer.norm1(x + layer.self_attn(x, x, x)[0])
+    hidden = layer.linear1(attended).relu()  # (B, T, 8)
+    by_hand = layer.norm2(attended + layer.linear2(hidden))
+    show(layer(x)[0], by_hand[0])
+    attention, norms = 4 * (4 * 4 + 4), 2 * (4 + 4)
+    feedforward = (4 * 8 + 8) + (8 * 4 + 4)
+    show(tb.count_parameters(layer), attention + feedforward + norms)
+
+
+@section("model.package", "N2")
+def model_package() -> None:
+    """Networks to start from: SimpleNet, MLP, CNN and MNISTNet.
+
+    They give logits (B, classes). Their sizes are sums over their layers."""
+
+    def linear(n: int, m: int) -> int:
+        return m * (n + 1)
+
+    def conv_norm(n: int, m: int) -> int:
+        return m * (n * 3 * 3 + 1) + 2 * m  # 3 * 3 kernels, and a BatchNorm
+
+    images = torch.randn(2, 1, 28, 28)
+    # two poolings leave 7 * 7 of 28 * 28 pixels, in 64 channels
+    cnn = conv_norm(1, 32) + conv_norm(32, 64)
+    cnn += linear(64 * 7 * 7, 128) + linear(128, 10)
+    model = tb.CNN()
+    show((model(images).shape, tb.count_parameters(model)), ((2, 10), cnn))
+    block1 = conv_norm(1, 32) + conv_norm(32, 32)
+    block2 = conv_norm(32, 64) + conv_norm(64, 64)
+    mnist = block1 + block2 + linear(64 * 7 * 7, 256) + linear(256, 10)
+    model = tb.MNISTNet()
+    show((model(images).shape, tb.count_parameters(model)), ((2, 10), mnist))
+    mlp = linear(20, 16) + 2 * 16 + linear(16, 16) + 2 * 16 + linear(16, 3)
+    show(tb.count_parameters(tb.MLP(20, 16, 3)), mlp)
+    show(tb.MLP(20, 16, 3)(torch.randn(2, 20)).shape, (2, 3))
+    # The usual error of other sizes: 32 * 32 pixels leave 64 * 8 * 8 values.
+    larger = images.new_zeros(2, 1, 32, 32)
+    show_error(lambda: model(larger), RuntimeError, "2x4096 and 3136x256")
 
 
 @section("init.layers", "N7")
 def init_layers() -> None:
-    """model.apply(init_weights) gives each kind of layer the start that suits it."""
-    linear, conv, table, norm = nn.Linear(300, 100), nn.Conv2d(16, 64, 3), nn.Embedding(200, 100), nn.LayerNorm(3)
-    nn.ModuleList([linear, conv, table, norm]).apply(init_weights)
+    """model.apply(init_weights) gives each kind of layer the start it needs."""
+    linear, conv = nn.Linear(300, 100), nn.Conv2d(16, 64, 3)
+    table, norm = nn.Embedding(200, 100), nn.LayerNorm(3)
+    nn.ModuleList([linear, conv, table, norm]).apply(tb.init_weights)
+    # Xavier: uniform up to a bound, whose deviation is bound / sqrt(3)
     bound = math.sqrt(6 / (300 + 100))
-    show("Linear: Xavier, uniform within +-bound", linear.weight.abs().max(), bound, rtol=0.01)
-    show("its spread: bound / sqrt(3)", linear.weight.std(), bound / math.sqrt(3), rtol=0.03)
-    show("its bias", linear.bias.abs().max(), 0)
-    show("Conv2d: Kaiming, sqrt(2 / fan_out)", conv.weight.std(), math.sqrt(2 / (64 * 3 * 3)), rtol=0.05)
-    show("Embedding: normal(0, 0.02)", table.weight.std(), 0.02, rtol=0.05)
-    show("LayerNorm: weight and bias", [norm.weight, norm.bias], [[1, 1, 1], [0, 0, 0]])
+    show(linear.weight.max(), bound, rtol=0.01, atol=0)
+    show(linear.weight.std(), bound / math.sqrt(3), rtol=0.03, atol=0)
+    show(linear.bias.abs().max(), 0.0)
+    # Kaiming: normal, deviation sqrt(2 / (channels out * kernel))
+    show(conv.weight.std(), math.sqrt(2 / (64 * 3 * 3)), rtol=0.05, atol=0)
+    show(table.weight.std(), 0.02, rtol=0.05, atol=0)
+    show((norm.weight, norm.bias), ([1.0] * 3, [0.0] * 3))
 
 
 @section("init.spread", "N7")
 def init_spread(device: torch.device) -> None:
-    """Through a ReLU layer of n units the mean square grows by n * var(w) / 2: only 2 / n as variance keeps it."""
-    n = 512
-    starts: dict[str, tuple[Callable[[Tensor], Any], float]] = {
-        "Kaiming, var 2 / n": (lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu"), 1.0),
-        "PyTorch's default, var 1 / 3n": (lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), 1 / 6),
-        "normal(0, 0.01)": (lambda w: nn.init.normal_(w, 0, 0.01), n * 0.01**2 / 2),
-    }
-    for label, (fill, factor) in starts.items():
-        show(f"{label}: per layer", _growth(n, nn.ReLU(), fill, device), factor, rtol=0.15)
-    # Xavier's variance 1 / n keeps the spread where the layer's function is straight.
-    show("Xavier, without ReLU", _growth(n, nn.Identity(), nn.init.xavier_uniform_, device), 1.0, rtol=0.15)
-    show("Xavier, with ReLU", _growth(n, nn.ReLU(), nn.init.xavier_uniform_, device), 0.5, rtol=0.15)
+    """The start decides whether a signal survives many layers.
+
+    A ReLU layer of n inputs multiplies the mean square by n * var(w) / 2:
+    only a variance of 2 / n, Kaiming's, keeps it."""
+
+    @torch.no_grad()
+    def growth(fill, activation=torch.relu) -> float:
+        x = activation(torch.randn(256, 512, device=device))
+        first = x.square().mean()
+        for _ in range(10):  # ten layers without bias
+            w = torch.empty(512, 512, device=device)
+            fill(w)
+            x = activation(x @ w.T)
+        return ((x.square().mean() / first) ** 0.1).item()  # per layer
+
+    kaiming = growth(lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu"))
+    show(kaiming, 1.0, rtol=0.15, atol=0)
+    show(growth(lambda w: nn.init.normal_(w, 0, 0.02)), 512 * 0.02**2 / 2, rtol=0.15, atol=0)
+    # Linear's own start has the variance 1 / 3n: enough for few layers.
+    show(growth(lambda w: w.copy_(nn.Linear(512, 512).weight)), 1 / 6, rtol=0.15, atol=0)
+    # Xavier's 1 / n keeps the spread where the function is straight.
+    show(growth(nn.init.xavier_uniform_, activation=nn.Identity()), 1.0, rtol=0.15, atol=0)
+    show(growth(nn.init.xavier_uniform_), 0.5, rtol=0.15, atol=0)
 
 
-@torch.no_grad()
-def _growth(n: int, activation: nn.Module, fill: Callable[[Tensor], Any], device: torch.device) -> float:
-    """Return the factor per layer by which the mean square changes in ten layers of n units."""
-    x = activation(torch.randn(256, n, device=device))  # (B, n)
-    first = x.square().mean()
-    for _ in range(10):
-        w = torch.empty(n, n, device=device)
-        fill(w)
-        x = activation(x @ w.T)
-    return float((x.square().mean() / first) ** 0.1)
+@section("schedule.shapes", "N6")
+def schedule_shapes() -> None:
+    """A schedule changes the learning rate: high at first, low at the end.
+
+    Call its step() after the optimizer's, once per epoch; once per batch for
+    OneCycleLR and for warm-ups."""
+
+    def rates(make, steps: int) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule, found = make(optimizer), []
+        for _ in range(steps):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    def half_cosine(share: float) -> float:  # from 1 down to 0
+        return (1 + math.cos(math.pi * share)) / 2
+
+    show(rates(lambda o: lr_scheduler.StepLR(o, 2, gamma=0.1), 5), [1.0, 1.0, 0.1, 0.1, 0.01])
+    cosine = partial(lr_scheduler.CosineAnnealingLR, T_max=4, eta_min=0.2)
+    show(rates(cosine, 5), [0.2 + 0.8 * half_cosine(t / 4) for t in range(5)])
+    # It goes on as a wave: after 2 * T_max steps it is back at the start.
+    show(rates(cosine, 9)[8], 1.0)
+    warmup = partial(lr_scheduler.LinearLR, start_factor=0.2, total_iters=4)
+    show(rates(warmup, 6), [0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+    def warmup_cosine(optimizer):  # the usual one for Transformers
+        parts = [warmup(optimizer), cosine(optimizer)]
+        return lr_scheduler.SequentialLR(optimizer, parts, milestones=[4])
+
+    down = [0.2 + 0.8 * half_cosine(t / 4) for t in range(5)]
+    show(rates(warmup_cosine, 9), [0.2, 0.4, 0.6, 0.8, *down])
+    # 30% of the steps up from max_lr / 25, the rest down to a 10,000th of that
+    one_cycle = partial(lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=10)
+    low, end = 1 / 25, 1 / 25 / 1e4
+    up = [low + (1 - low) * (1 - half_cosine(t / 2)) for t in range(3)]
+    down = [end + (1 - end) * half_cosine(t / 7) for t in range(1, 8)]
+    show(rates(one_cycle, 10), up + down, rtol=1e-6, atol=0)
 
 
-# Transfer, ensembles, several devices ---------------------------------------------------------------------------------
+@section("schedule.plateau", "N6")
+def schedule_plateau() -> None:
+    """ReduceLROnPlateau waits for the loss: it lowers the rate without progress.
+
+    It does so after more than `patience` epochs that bring no better loss."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+    rates = []
+    for loss in (5.0, 4.0, 4.0, 4.0, 4.0, 3.0, 3.0):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step(loss)
+    # 4.0 is the best until the third epoch without better: the fifth
+    show(rates, [1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5])
 
 
-@section("transfer.count", "N8")
-def transfer_count() -> None:
-    """torchvision's resnet18 has 11,689,512 parameters, most of them in the last of its four stages."""
-    from torchvision.models import resnet18  # late: slow to import
+@section("train.overfitting", "M3")
+def train_overfitting(device: torch.device) -> None:
+    """A network can learn 100 digits by heart, and know others less well.
+
+    The gap between validation and training loss shows it. Four remedies."""
+    images, labels = tb.draw_digits(500)  # drawn by torchbasics, not MNIST
+    def gap(dropout=0.0, decay=0.0, augment=None, stopping=None) -> float:
+        torch.manual_seed(0)
+        train = tb.TensorLoader(images[:100], labels[:100], 50, shuffle=True,
+                                device=device, augment=augment)
+        others = tb.TensorLoader(images[100:], labels[100:], 400, device=device)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(),
+                              nn.Dropout(dropout), nn.Linear(256, 10))
+        optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=3e-3,
+                                      weight_decay=decay)
+        trainer = tb.Trainer(model, nn.CrossEntropyLoss(), optimizer, device,
+                             early_stopping=stopping)
+        trainer.fit(train, others, num_epochs=50, verbose=False)
+        train.augment = None  # judge on the images as they are
+        loss, known = trainer.validate(train)
+        other_loss, unknown = trainer.validate(others)
+        print(f"{trainer.epoch} epochs: training {loss:.3f} ({known:.0%}), "
+              f"validation {other_loss:.3f} ({unknown:.0%})")
+        return other_loss - loss
+
+    plain = gap()
+    show(plain > 0.7, True)  # all learnt by heart, a quarter of the rest wrong
+    show(gap(dropout=0.8) < 0.9 * plain, True)
+    show(gap(decay=3.0) < 0.9 * plain, True)  # far more than the usual 0.01
+    # turned and shifted a little: never the same digit twice
+    show(gap(augment=tb.RandomAffine(degrees=10, shift=0.1)) < 0.7 * plain, True)
+    # at the third epoch without a better validation loss
+    stopping = tb.EarlyStopping(patience=3)
+    show(gap(stopping=stopping) < 0.9 * plain, True)
+    show(stopping.early_stop, True)
+
+
+@section("save.state_dict", "L14")
+def save_state_dict(device: torch.device) -> None:
+    """Save the state_dict, not the model.
+
+    A saved model holds the path of its class: move the class, and the file
+    is lost. Loading one runs what the file says, so torch.load refuses.
+    A state_dict is tensors and names, and nothing can run."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "model.pt"
+    model = tb.MLP(4, 3, 2).to(device).eval()
+    x = torch.randn(5, 4, device=device)
+    torch.save(model, path)
+    show_error(lambda: torch.load(path), Exception, "Weights only load failed")
+
+    # buffers such as BatchNorm's averages are in it, the code is not
+    torch.save(model.state_dict(), path)
+    other = tb.MLP(4, 3, 2).to(device).eval()  # the same sizes, other weights
+    show(torch.equal(other(x), model(x)), False)
+    other.load_state_dict(torch.load(path, map_location=device))
+    show(torch.equal(other(x), model(x)), True)
+    larger = tb.MLP(4, 6, 2)
+    state = torch.load(path, map_location="cpu")
+    show_error(lambda: larger.load_state_dict(state), RuntimeError, "Error(s) in loading")
+
+    # A checkpoint is a dict: with the optimizer, training can go on.
+    # save_checkpoint also seals the file, so that damage is noticed.
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
+    checkpoint = {"epoch": 3, "model_state_dict": model.state_dict(),
+                  "optimizer_state_dict": optimizer.state_dict()}
+    tb.save_checkpoint(checkpoint, path)
+    loaded = tb.load_checkpoint(path)
+    show(loaded["epoch"], 3)
+    show(loaded["optimizer_state_dict"]["param_groups"][0]["lr"], 0.5)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # one bit
+    path.write_bytes(damaged)
+    show_error(lambda: tb.load_checkpoint(path), tb.CheckpointError, "seal")
+    folder.cleanup()
+
+
+@section("transfer.parameters", "N8")
+def transfer_parameters() -> None:
+    """torchvision's resnet18: 11,689,512 parameters, most in the last stage."""
+    from torchvision.models import resnet18  # slow to import
+
+    model = resnet18(weights=None)  # weights="DEFAULT": trained on ImageNet
+    parts: dict[str, int] = {}
+    counts = tb.count_parameters_by_layer(model, verbose=False)
+    for name, count in counts.items():
+        part = name.split(".")[0]
+        parts[part] = parts.get(part, 0) + count
 
     def stage(n: int, m: int) -> int:
-        """Two blocks of two 3 x 3 convolutions without bias, each with a norm; from the second stage on a shortcut."""
-        convolutions = n * m * 9 + 3 * m * m * 9
+        # four 3 * 3 convolutions without bias and their norms; where the
+        # channels change, the shortcut has a convolution and a norm, too
         shortcut = n * m + 2 * m if n != m else 0
-        return convolutions + 4 * 2 * m + shortcut
+        return (n * m + 3 * m * m) * 3 * 3 + 4 * 2 * m + shortcut
 
-    model = resnet18(weights=None)
-    by_part: dict[str, int] = {}
-    for name, count in count_parameters_by_layer(model, verbose=False).items():
-        part = name.split(".")[0]
-        by_part[part] = by_part.get(part, 0) + count
-    expected = {
-        "conv1": 3 * 64 * 7 * 7,
-        "bn1": 2 * 64,
-        "layer1": stage(64, 64),
-        "layer2": stage(64, 128),
-        "layer3": stage(128, 256),
-        "layer4": stage(256, 512),
-        "fc": 512 * 1000 + 1000,
-    }
-    for part, count in expected.items():
-        show(part, by_part.pop(part), count)
-    show("and nothing else", by_part, {})
-    show("all", count_parameters(model), 11_689_512)
+    by_hand = {"conv1": 3 * 64 * 7 * 7, "bn1": 2 * 64}
+    for i, (n, m) in enumerate(pairwise((64, 64, 128, 256, 512)), start=1):
+        by_hand[f"layer{i}"] = stage(n, m)
+    by_hand["fc"] = 1000 * (512 + 1)
+    show(parts, by_hand)
+    show(tb.count_parameters(model), 11_689_512)
 
 
 @section("transfer.freeze", "N8")
 def transfer_freeze(device: torch.device) -> None:
-    """Freeze the body, replace the head: only the head learns, and the body stays as it was."""
+    """Transfer: freeze the body, replace the head, and train that alone.
+
+    The body already sees edges and shapes, so few images are enough."""
     from torchvision.models import resnet18
 
-    model = freeze(resnet18(weights=None))  # in earnest: weights="DEFAULT", trained on ImageNet
-    model.fc = nn.Linear(512, 2)  # a new layer is trainable
-    model.to(device).eval()  # eval, or the body's BatchNorm statistics would still move
-    show("trainable parameters: 512 * 2 + 2", count_parameters(model), 512 * 2 + 2)
+    model = tb.freeze(resnet18(weights=None))  # for use: weights="DEFAULT"
+    model.fc = nn.Linear(512, 2)  # new layers are trainable
+    model.to(device)
+    show(tb.count_parameters(model), 2 * (512 + 1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def changed() -> list[str]:
+        state = model.state_dict().items()
+        return [name for name, v in state if not torch.equal(v, before[name])]
+
+    model.eval()  # frozen weights, and BatchNorm's averages too
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.1)
-    images, targets = torch.randn(4, 3, 32, 32, device=device), torch.tensor([0, 1, 0, 1], device=device)
+    images = torch.randn(4, 3, 32, 32, device=device)
+    targets = torch.tensor([0, 1, 0, 1], device=device)
     F.cross_entropy(model(images), targets).backward()
     optimizer.step()
-    show("changed by a step", _changed(model, before), ["fc.weight", "fc.bias"])
+    show(changed(), ["fc.weight", "fc.bias"])
+    # freeze() stops gradients. In train() the averages would still move:
     model.train()
     model(images)
-    moved = {name.split(".")[-1] for name in _changed(model, before) if not name.startswith("fc")}
-    show("changed by a forward pass in train()", sorted(moved), ["num_batches_tracked", "running_mean", "running_var"])
-
-
-def _changed(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    moved = {name.split(".")[-1] for name in changed() if name[:2] != "fc"}
+    show(sorted(moved), ["num_batches_tracked", "running_mean", "running_var"])
 
 
 @section("ensemble.mean", "N10")
-def ensemble_mean(device: torch.device) -> None:
-    """EnsembleModel averages its members' probabilities, not their logits."""
-    x = torch.zeros(1, 3, device=device)
-    members = [_constant_member([0.9, 0.1]), _constant_member([0.2, 0.8])]
-    ensemble = models.EnsembleModel(members).to(device)
-    show("mean of (0.9, 0.1) and (0.2, 0.8)", ensemble(x).exp(), [[0.55, 0.45]])
-    logits = sum(member(x) for member in members) / 2
-    odds = math.sqrt(0.9 / 0.1 * 0.2 / 0.8)  # the mean logit is the geometric mean of the odds
-    show("mean of the logits instead", torch.as_tensor(logits).softmax(1), [[odds / (1 + odds), 1 / (1 + odds)]])
+def ensemble_mean() -> None:
+    """An ensemble's prediction is the mean of its members' probabilities."""
 
+    class Constant(nn.Module):  # gives these probabilities for any input
+        def __init__(self, *probabilities: float) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor(probabilities).log())
 
-def _constant_member(probabilities: list[float]) -> nn.Module:
-    """Return a model whose logits are log(probabilities) for every input of zeros."""
-    layer = nn.Linear(3, len(probabilities))
-    with torch.no_grad():
-        layer.bias.copy_(torch.tensor(probabilities).log())
-    return layer
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.logits.expand(len(x), -1)
+
+    members = [Constant(0.9, 0.1), Constant(0.2, 0.8)]
+    ensemble = tb.EnsembleModel(members)
+    x = torch.zeros(1, 3)
+    show(ensemble(x).softmax(dim=1), [[(0.9 + 0.2) / 2, (0.1 + 0.8) / 2]])
 
 
 @section("ensemble.better", "N10")
 def ensemble_better() -> None:
-    """Members that were trained on other samples err differently; their mean does better on data that none has seen."""
-    torch.set_num_threads(1)  # tensors this small gain nothing from threads, and wait long for them on a busy machine
-    x, y = _rings(200)
-    members = [_train_member(x, y) for _ in range(15)]
-    held_x, held_y = _rings(2000)
+    """Members that err in different places do better together.
+
+    Each is trained on other samples of two noisy rings around each other."""
+
+    def rings(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ring, angle = torch.arange(count) % 2, 2 * math.pi * torch.rand(count)
+        radius = 1.0 + ring + 0.45 * torch.randn(count)
+        points = [radius * angle.cos(), radius * angle.sin()]
+        return torch.stack(points, dim=1), ring
+
+    x, y = rings(200)
+    members = []
+    for _ in range(15):
+        drawn = torch.randint(len(x), (60,))
+        model = tb.SimpleNet(2, (32, 32), 2)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[drawn]), y[drawn]).backward()
+            optimizer.step()
+        members.append(model)
+
+    x, y = rings(2000)  # that none has seen
+    ensemble = tb.EnsembleModel(members)
     with torch.no_grad():
-        outputs = [member(held_x) for member in members]
-        together = models.EnsembleModel(members)(held_x)
-    losses = [F.cross_entropy(output, held_y).item() for output in outputs]
-    loss = F.cross_entropy(together, held_y).item()
-    accuracies = [(output.argmax(1) == held_y).float().mean().item() for output in outputs]
-    accuracy = (together.argmax(1) == held_y).float().mean().item()
-    print(f"    held-out loss: ensemble {loss:.3f}, members {min(losses):.3f} to {max(losses):.3f}")
-    print(f"    accuracy: ensemble {accuracy:.1%}, members {min(accuracies):.1%} to {max(accuracies):.1%}")
-    # -log is convex, so by Jensen's inequality the mean probability loses no more than the members do on average.
-    show("its loss is at most the mean loss: always", loss <= sum(losses) / len(losses), True)
-    # These two are no law, but held for each of 33 seeds: such members err in different places.
-    show("its loss is below that of every member", loss < min(losses), True)
-    show("its accuracy is above the members' mean", accuracy > sum(accuracies) / len(accuracies), True)
+        losses = [F.cross_entropy(member(x), y).item() for member in members]
+        loss = F.cross_entropy(ensemble(x), y).item()
+        right = [(m(x).argmax(1) == y).float().mean().item() for m in members]
+        accuracy = (ensemble(x).argmax(1) == y).float().mean().item()
+    print(f"members: loss {min(losses):.3f} to {max(losses):.3f}, "
+          f"accuracy {min(right):.1%} to {max(right):.1%}")
+    print(f"together: loss {loss:.3f}, accuracy {accuracy:.1%}")
+    show(loss < min(losses), True)
+    show(accuracy > sum(right) / len(right), True)
 
 
-def _rings(count: int) -> tuple[Tensor, Tensor]:
-    """Return points of two noisy rings around each other, (N, 2), and their ring, (N,)."""
-    ring = torch.arange(count) % 2
-    angle = 2 * math.pi * torch.rand(count)
-    radius = 1.0 + ring + 0.45 * torch.randn(count)
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1), ring
+@section("compile.graph", "M4")
+def compile_graph(device: torch.device) -> None:
+    """torch.compile records a function as a graph of tensor operations.
+
+    What depends on values breaks the graph: Python must look at them. Then
+    there are several small graphs, and less is gained."""
+    graphs = []
+
+    def note(graph, inputs):  # a backend: gets the graph, returns a function
+        graphs.append([n.name for n in graph.graph.nodes if n.op[:4] == "call"])
+        return graph.forward
+
+    def whole(x):
+        return x.sin() ** 2 + x.cos() ** 2
+
+    x = torch.tensor([0.0, 1.0, 2.0], device=device)
+    show(torch.compile(whole, backend=note)(x), [1.0, 1.0, 1.0])
+    show((len(graphs), len(graphs[0])), (1, 5))  # sin, pow, cos, pow, add
+
+    def broken(x):
+        y = x * 2
+        if y.sum() > 0:  # a question for Python
+            return y + 1
+        return y - 1
+
+    graphs.clear()
+    show(torch.compile(broken, backend=note)(x), [1.0, 3.0, 5.0])
+    show(len(graphs), 2)  # the one before the question, one after it
+    # fullgraph=True makes an error of a break, to find it.
+    torch.compiler.reset()  # forget what is compiled already
+    strict = torch.compile(broken, backend=note, fullgraph=True)
+    show_error(lambda: strict(x), RuntimeError, "Data-dependent branching")
+    # torch.where chooses without a question.
+    graphs.clear()
+
+    def repaired(x):
+        y = x * 2
+        return torch.where(y.sum() > 0, y + 1, y - 1)
+
+    strict = torch.compile(repaired, backend=note, fullgraph=True)
+    show((strict(x).tolist(), len(graphs)), ([1.0, 3.0, 5.0], 1))
+    show(strict(-x), [-1.0, -3.0, -5.0])
 
 
-def _train_member(x: Tensor, y: Tensor) -> nn.Module:
-    """Train a small network on 60 samples drawn from x: few enough that each member overfits in its own way."""
-    drawn = torch.randint(len(x), (60,))
-    model = models.SimpleNet(2, (32, 32), 2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x[drawn]), y[drawn]).backward()
-        optimizer.step()
-    return model
+@section("compile.equal", "M4")
+def compile_equal(device: torch.device) -> None:
+    """The default backend writes C++ or Triton, and gives equal results.
+
+    It needs a compiler. A first call takes seconds, or half a minute on a
+    machine that never compiled: profile.py measures what you gain."""
+    layers = nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)
+    model = nn.Sequential(*layers).to(device)
+    x = torch.randn(2, 4, device=device)
+    fast = torch.compile(model)
+    try:
+        outputs = fast(x)
+    except RuntimeError as error:
+        if "compiler" in str(error).lower() or "triton" in str(error).lower():
+            skip("needs g++ or clang (CPU) or Triton (GPU); was not compiled")
+        raise
+    hidden = x @ model[0].weight.T + model[0].bias
+    gelu = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    by_hand = gelu @ model[2].weight.T + model[2].bias
+    show(outputs, by_hand, rtol=0, atol=1e-3)
+    # The weights are the model's own, under names with a prefix.
+    show(list(fast.state_dict())[:2], ["_orig_mod.0.weight", "_orig_mod.0.bias"])
+
+
+@section("parallel.why_ddp", "N11")
+def parallel_why_ddp() -> None:
+    """On several GPUs each computes the gradient of its share of the batch.
+
+    DistributedDataParallel: a process per GPU, copies of the model that stay,
+    and gradients averaged while backward runs (scripts/train_ddp.py). It
+    replaced DataParallel, which copies the model in each forward pass and
+    whose threads share one interpreter, in one machine."""
+    model = nn.Linear(4, 2)
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 1, 0])
+
+    def gradient(start: int, end: int) -> torch.Tensor:
+        model.zero_grad()
+        F.cross_entropy(model(x[start:end]), y[start:end]).backward()
+        return model.weight.grad.clone()
+
+    # of the mean loss: (probabilities - right class) times x, over 6
+    error = (x @ model.weight.T + model.bias).softmax(1) - F.one_hot(y, 2)
+    whole = error.T @ x / 6
+    equal = (gradient(0, 3) + gradient(3, 6)) / 2
+    show(equal, whole)
+    # With unequal shares the plain mean is wrong: weight by samples.
+    plain = (gradient(0, 1) + gradient(1, 6)) / 2
+    show(torch.allclose(plain, whole, rtol=0.05, atol=0), False)
+    weighted = (1 * gradient(0, 1) + 5 * gradient(1, 6)) / 6
+    show(weighted, whole)
 
 
 @section("parallel.data_parallel", "N11")
 def parallel_data_parallel() -> None:
-    """DataParallel splits each batch over the GPUs of one process; without a GPU it only passes the batch through."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    gpus = 0 if accelerator is None or accelerator.type == "mps" else torch.accelerator.device_count()
-    device = torch.device(accelerator.type, 0) if accelerator and gpus else torch.device("cpu")  # it picks by itself
-    model = models.SimpleNet(4, (3,), 2).to(device)
+    """DataParallel still works: one line, for a first try on several GPUs."""
+    if not torch.cuda.is_available():
+        skip("needs a CUDA GPU; DataParallel was not run")
+    sizes = []  # of the part that each GPU gets
+
+    class Watched(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            return super().forward(x)
+
+    model = Watched(4, 2).to("cuda:0")
     wrapped = nn.DataParallel(model)
-    x = torch.randn(6, 4, device=device)
-    show("it uses all GPUs", len(wrapped.device_ids), gpus)
-    show("outputs with and without: difference", (wrapped(x) - model(x)).abs().max(), 0)
-    # Its state_dict has another prefix, and loads elsewhere only after unwrapping: save wrapped.module.
-    show("first name in its state_dict", next(iter(wrapped.state_dict())), "module.hidden.0.weight")
-    show("wrapped.module is the model", wrapped.module is model, True)
-
-
-@section("parallel.why_ddp", "N11")
-def parallel_why_ddp(device: torch.device) -> None:
-    """DistributedDataParallel replaced it: a process per GPU, copies that stay, and gradients that are averaged."""
-    print("    DataParallel copies the model to every GPU in every forward pass and gathers the outputs on the first;")
-    print("    its threads share one interpreter, and one machine. DDP copies once, and exchanges gradients while")
-    print("    backward still runs (and buffers, such as BatchNorm's averages); see scripts/train_ddp.py.")
-    model = models.SimpleNet(4, (3,), 2).to(device)
-    x, y = torch.randn(6, 4, device=device), torch.tensor([0, 1, 0, 1, 1, 0], device=device)
-    whole = _gradient(model, x, y)
-    equal = (_gradient(model, x[:3], y[:3]) + _gradient(model, x[3:], y[3:])) / 2
-    show("mean of two equal shares - the whole batch", (equal - whole).abs().max(), 0)
-    first, rest = _gradient(model, x[:1], y[:1]), _gradient(model, x[1:], y[1:])
-    # With unequal shares the plain mean is wrong: weight each share by its samples.
-    show("shares of 1 and 5: is the plain mean right?", bool(torch.allclose((first + rest) / 2, whole)), False)
-    show("weighted by samples - the whole batch", ((1 * first + 5 * rest) / 6 - whole).abs().max(), 0)
-
-
-def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Return the gradient of the mean loss as one vector, as a process with these samples computes it."""
-    replica = copy.deepcopy(model)
-    F.cross_entropy(replica(x), y).backward()
-    return torch.cat([p.grad.flatten() for p in replica.parameters() if p.grad is not None])
+    x = torch.randn(6, 4, device="cuda:0")
+    outputs, gpus = wrapped(x), torch.cuda.device_count()
+    show((outputs - (x @ model.weight.T + model.bias)).abs().max(), 0.0, rtol=0, atol=1e-3)
+    largest = math.ceil(6 / gpus)
+    shares = [min(largest, 6 - start) for start in range(0, 6, largest)]
+    show(sorted(sizes, reverse=True), shares)
+    # The names get a prefix: save wrapped.module, which is the model.
+    show(list(wrapped.state_dict()), ["module.weight", "module.bias"])
+    show(wrapped.module is model, True)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the lessons that the arguments name and return the exit code."""
     return section.run(argv)
 
 

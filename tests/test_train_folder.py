@@ -333,13 +333,14 @@ class Resume(FolderCase):
             for path, content in files.items():
                 path.write_bytes(content[:100])
 
-        for workers in (0, 2):  # with 2 the epoch is read ahead already, and it is the validation that meets the files
+        for workers in (0, 2):  # with 2 some of the epoch is read ahead, and it may be the validation that meets the files
             with after_step(1, damage):
                 run = f"a{workers}"
                 line = self.refused("photos", *SMALL, "--output", run, "--workers", workers, text="--resume", code=1)
             self.assertRegex(line, r"error: photos/\w+/\d\d.png: not a readable .*; all is saved: restore that file")
             found = tb.load_latest(f"{run}/checkpoints")
-            self.assertEqual(found and found[1]["step"], 1 if workers == 0 else 4)
+            assert found is not None
+            self.assertIn(found[1]["step"], [1] if workers == 0 else range(1, 5))
             self.refused("--resume", run, text="training images of 0 classes")
             for path, content in files.items():
                 path.write_bytes(content)
