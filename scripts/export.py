@@ -11,11 +11,14 @@ the lines that were checked. Everything runs on the CPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib
 import importlib.util
 import inspect
+import io
 import json
+import logging
 import math
 import os
 import statistics
@@ -24,12 +27,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 import torchbasics as tb
@@ -238,7 +242,12 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     if name is None:
         raise ValueError(f"{args.checkpoint}: its metadata has no model; train with Trainer(metadata={{'model': …}}), "
                          "or give --model")  # fmt: skip
-    model = load_own(args.model) if args.model and ":" in args.model else tb.make_model(metadata | {"model": name})
+    if args.model and ":" in args.model:
+        model = load_own(args.model)
+    elif name in models.list_models(module=models):  # of train_folder
+        model = models.get_model(name, weights=None, num_classes=metadata.get("num_classes", 1000))
+    else:
+        model = tb.make_model(metadata | {"model": name})
     if checkpoint:
         try:
             model.load_state_dict(checkpoint.get("model_state_dict", checkpoint))
@@ -266,13 +275,16 @@ def load_data(model: nn.Module, metadata: dict[str, Any], args: argparse.Namespa
     if shape is None and not {"in_channels", "image_size"} <= metadata.keys():
         raise ValueError("the checkpoint does not say what the inputs are; give --input-shape, such as 3,224,224")
     shape = shape or (metadata["in_channels"], metadata["image_size"], metadata["image_size"])
+    has_images = args.data_dir or (shape == (1, 28, 28) and {"mean", "std"} <= metadata.keys())
+    if has_images and args.input_dtype != "float32":
+        raise ValueError(f"--input-dtype {args.input_dtype}: the images that this model is compared on are float32")
     if args.data_dir and name in ("mnist", "fashion-mnist", "kmnist"):
         test, train = (tb.load_images(name, args.data_dir, part, download=False) for part in (False, True))
         inputs, calibration, kind = test.inputs, train.inputs[:CALIBRATION], f"{name} test images"
         targets: Tensor | None = test.targets
     elif args.data_dir:
         raise ValueError(f"--data-dir: the model's data set, {name}, has no files there; leave it out")
-    elif shape == (1, 28, 28) and {"mean", "std"} <= metadata.keys():
+    elif has_images:
         inputs, classes = tb.draw_digits(DRAWN, seed=1)
         targets, kind = classes if name == "digits" else None, "drawn digits"
         calibration, _ = tb.draw_digits(CALIBRATION, seed=0)
@@ -314,6 +326,18 @@ def run_model(model: nn.Module, batches: list[Tensor]) -> Tensor:
     return torch.cat(outputs)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence exporters, which announce their own future and print graphs of what they cannot export."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def export_one(name: str, job: Job, expected: Tensor) -> list[str]:
     """Make one file, check it, print its row, and put it into --output; return the lines that run it."""
     made, data, output = FORMATS[name], job.data, Path(job.args.output)
@@ -321,13 +345,12 @@ def export_one(name: str, job: Job, expected: Tensor) -> list[str]:
     with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as folder:
         file = Path(folder).resolve() / made.file
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # exporters announce their own future
+            with quiet():
                 other = made.make(job, file)
-        except (ValueError, cli.MissingExtra):
-            raise
         except Exception as error:
-            raise RuntimeError(f"torch cannot make it of this model ({type(error).__name__}: {error})") from error
+            if type(error) in (ValueError, cli.MissingExtra):  # ours, not one of torch's subclasses
+                raise
+            raise RuntimeError(f"torch cannot make it of this model ({describe(error)})") from error
         parts, load_time, call_time = run_fresh(python_lines(file, job.example), batches, file.parent)
         outputs = torch.cat(parts)
         difference, same = compare(outputs, expected if other is None else run_model(other, batches))
@@ -340,6 +363,15 @@ def export_one(name: str, job: Job, expected: Tensor) -> list[str]:
                          f"{1000 * call_time:.2f}"), flush=True)  # fmt: skip
         os.replace(file, output / made.file)
     return python_lines(output / made.file, job.example)
+
+
+def describe(error: Exception) -> str:
+    """Return the first line of an exporter's error, which may be followed by pages for torch's developers."""
+    while isinstance(error.__cause__, Exception):  # the exporter of ONNX wraps that of torch.export
+        error = error.__cause__
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        return "which branch it takes depends on the values of its inputs: use torch.where or torch.cond"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def accuracy(outputs: Tensor, targets: Tensor | None) -> float | None:
@@ -367,7 +399,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--format", nargs="+", default=["pt2"], choices=(*FORMATS, "all"), metavar="NAME",
         help=f"{', '.join(FORMATS)}, or all (default: pt2)")
     add("--output", default="exported", type=cli.path_argument, metavar="DIR", help="folder (default: exported)")
-    add("--sparsity", type=cli.number(float, 0, 1), default=0.3, metavar="S",
+    add("--sparsity", type=cli.number(float, 0, 1), metavar="S",
         help="share of weights that pruning sets to zero (default: 0.3)")
     add("--prune-layer", metavar="NAME", help="prune this layer only (default: the smallest weights of all)")
     add = parser.add_argument_group("comparison").add_argument
@@ -378,6 +410,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not args.checkpoint and ":" not in (args.model or ""):
         parser.error("give --checkpoint FILE, or a model of your own by --model module:callable")
     args.format = list(FORMATS) if "all" in args.format else list(dict.fromkeys(args.format))
+    if "pruned" not in args.format and (args.sparsity is not None or args.prune_layer):
+        parser.error("--sparsity and --prune-layer are for --format pruned")
+    args.sparsity = 0.3 if args.sparsity is None else args.sparsity
     return args
 
 

@@ -125,6 +125,12 @@ def spread(times: list[float]) -> float:
     return max(times) / min(times) - 1
 
 
+def report_busy(largest_spread: float) -> None:
+    """Say so if passes that should take equally long did not."""
+    if largest_spread > BUSY:
+        print(f"the machine is busy: one pass took {largest_spread:.0%} longer than another; measure again later")
+
+
 def time_phases(work: Work, batches: Iterator, steps: int) -> dict[str, float]:
     """Return the mean seconds of each phase and of the whole "step", waiting for the device after each phase.
 
@@ -251,7 +257,7 @@ class Measured(NamedTuple):
     """One way of taking a step."""
 
     peak: int  # bytes, with the model and the batch
-    seconds: float  # of a step
+    times: list[float]  # seconds of a step, in each of REPEATS passes
     gradients: list[Tensor]
 
 
@@ -270,8 +276,9 @@ def measure(work: Work, batch: tuple[Tensor, Tensor], steps: int, accumulate: in
     with tracker.phase("step"):
         train_step(work, batches, accumulate=accumulate)
         synchronize(work.device)
-    seconds = statistics.median(time_steps(work, batches, 1, accumulate) for _ in range(steps))
-    return Measured(held + tracker.peaks["step"], seconds, gradients)
+    steps = -(-steps // REPEATS)  # at least one in each pass
+    times = [time_steps(work, batches, steps, accumulate) for _ in range(REPEATS)]
+    return Measured(held + tracker.peaks["step"], times, gradients)
 
 
 def compare_checkpointing(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
@@ -280,10 +287,12 @@ def compare_checkpointing(work: Work, args: argparse.Namespace, batch: tuple[Ten
     checkpoint_activations(work.model)
     after = measure(work, batch, args.steps)
     differ = difference(after.gradients, before.gradients)
+    seconds = [statistics.median(before.times), statistics.median(after.times)]
     print(f"activation checkpointing of {len(blocks(work.model))} blocks: peak {before.peak / MIB:.1f} to "
-          f"{after.peak / MIB:.1f} MiB, step {before.seconds * 1e3:.2f} to {after.seconds * 1e3:.2f} ms; "
+          f"{after.peak / MIB:.1f} MiB, step {seconds[0] * 1e3:.2f} to {seconds[1] * 1e3:.2f} ms; "
           f"gradients differ by {differ:.1e} of the largest")  # fmt: skip
-    return {"peak": [before.peak, after.peak], "seconds": [before.seconds, after.seconds], "gradients": differ}
+    report_busy(max(spread(before.times), spread(after.times)))
+    return {"peak": [before.peak, after.peak], "seconds": seconds, "gradients": differ}
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -328,9 +337,10 @@ def memory_options(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Te
     rows: list[dict[str, Any]] = []
 
     def add(option: str, expected: int, found: Measured | None, same_images: bool = True) -> None:
-        row: dict[str, Any] = {"option": option, "estimate": expected, "peak": None, "seconds": None, "gradients": None}
+        row: dict[str, Any] = {"option": option, "estimate": expected}
+        row |= {"peak": None, "seconds": None, "spread": 0.0, "gradients": None}
         if found is not None:
-            row |= {"peak": found.peak, "seconds": found.seconds}
+            row |= {"peak": found.peak, "seconds": statistics.median(found.times), "spread": spread(found.times)}
             row["gradients"] = difference(found.gradients, base.gradients) if same_images else None
         rows.append(row)
 
@@ -408,6 +418,7 @@ def profile_memory(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Te
         if row["gradients"] is not None:
             line += f"  {row['gradients']:.1e}"
         print(line)
+    report_busy(max(row["spread"] for row in rows))
     print("  Peak: all that a step holds. Gradients: of the first step, relative to the largest; with BatchNorm and")
     print("  dropout those of an accumulated batch are others.")
     show_release(work.device)
@@ -423,7 +434,8 @@ def compile_modes(work: Work, batch: Any, args: argparse.Namespace) -> list[dict
             work.model.compile(mode=mode)
         first = time_steps(work, itertools.repeat(batch), 1)
         later = time_repeats(work, itertools.repeat(batch), args.steps)
-        rows.append({"mode": mode or "not compiled", "first": first, "later": statistics.median(later)})
+        row = {"first": first, "later": statistics.median(later), "spread": spread(later)}
+        rows.append({"mode": mode or "not compiled", **row})
     return rows
 
 
@@ -452,7 +464,7 @@ def profile_time(
         "step": step,
         "step_without_loading": bare,
         "step_of_half": statistics.median(halves) if halves else None,
-        "spread": max(spread(times) for times in (*passes, halves or [1.0])),
+        "spread": max([spread(times) for times in (*passes, halves or [1.0])] + [row["spread"] for row in modes]),
         "samples_per_second": len(batch[1]) / step,
         "split": split,
         "products": products / total if total else 0.0,
@@ -466,8 +478,7 @@ def profile_time(
 def print_time(found: dict[str, Any]) -> None:
     print(f"{found['samples_per_second']:,.0f} samples/s; a step takes {found['step'] * 1e3:.2f} ms, without loading "
           f"{found['step_without_loading'] * 1e3:.2f} ms (medians of {REPEATS} passes, not synchronised)")  # fmt: skip
-    if found["spread"] > BUSY:
-        print(f"the machine is busy: one pass took {found['spread']:.0%} longer than another; measure again later")
+    report_busy(found["spread"])
     print("\nphase            ms   share   (synchronised after each phase)")
     for name, seconds in found["split"].items():
         print(f"{name:9}  {seconds * 1e3:8.3f}  {seconds / found['split']['step']:6.1%}")
@@ -548,7 +559,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--loader", metavar="MODULE:CALLABLE", help="returns your batches (inputs, targets); called without arguments")
     add("--input-shape", type=lambda text: tuple(map(count, text.split(","))), default=(1, 28, 28), metavar="C,H,W",
         help="of one image (default: 1,28,28)")
-    add("--batch-size", type=count, default=128, metavar="N", help="images per batch (default: 128)")
+    add("--batch-size", type=count, metavar="N", help="images per batch (default: 128)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: bf16 where the hardware computes in it (default: auto)")
@@ -568,6 +579,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if len(args.input_shape) != 3 or args.input_shape[1] != args.input_shape[2]:
             parser.error(f"--input-shape: {args.model} takes channels and two equal sides, such as 1,28,28")
     args.compile = ["default"] if args.compile == [] else args.compile
+    if args.memory and args.checkpoint_activations:
+        parser.error("--checkpoint-activations does not go with --memory, which compares it with other options anyway")
+    if args.loader and args.batch_size:
+        parser.error("--batch-size does not go with --loader: the batches come from there")
+    args.batch_size = args.batch_size or 128
     if args.compile and (args.checkpoint_activations or args.memory):
         parser.error("--compile does not go with --checkpoint-activations or --memory: it decides itself what to keep")
     return args

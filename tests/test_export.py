@@ -107,6 +107,17 @@ class Embedded(nn.Module):
         return self.output((self.tokens(tokens) + self.places(tokens)).mean(1))
 
 
+class Branching(nn.Module):
+    """A model whose branch depends on the values of its inputs (B, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else self.layer(-x) * 2
+
+
 def encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
 
@@ -124,6 +135,7 @@ class ExportCase(unittest.TestCase):
         own.Embedded, own.encoder, own.three = Embedded, encoder, lambda: 3
         own.conv = lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten())
         own.tiny = lambda: nn.Linear(4, 3)
+        own.Branching = Branching
         own.pair = lambda: nn.LSTM(4, 3, batch_first=True)
         sys.modules[own.__name__] = own  # patch.dict would also take out what torch imports meanwhile
         self.addCleanup(sys.modules.pop, own.__name__)
@@ -321,6 +333,16 @@ class Formats(ExportCase):
         _, err = self.fails("--model", "own_export_models:conv", "--input-shape", "1,2,2", "--format", "int8-dynamic")
         self.assertEqual(err, "error: int8-dynamic: the model has no linear layer; use int8-static\n")
 
+    def test_a_branch_that_depends_on_the_inputs_is_one_line_for_each_format(self) -> None:
+        argv = ("--model", "own_export_models:Branching", "--input-shape", "4", "--format", "pt2", "torchscript")
+        with self.assertNoLogs("torch.fx.experimental.symbolic_shapes", "WARNING"):
+            code, _, err = self.main(*argv)
+        self.assertEqual((code, self.kept()), (1, []))
+        lines = err.splitlines()
+        self.assertEqual(len(lines), 2, err)
+        self.assertRegex(lines[0], r"^error: pt2: torch cannot make it of this model \(which branch .* torch.cond\)$")
+        self.assertRegex(lines[1], r"^error: torchscript: differs from the model .*; not kept$")  # it kept one branch
+
     def test_models_of_token_numbers(self) -> None:
         argv = ("--model", "own_export_models:Embedded", "--input-shape", "6", "--format", "torchscript")
         _, out = self.export(*argv, "--input-dtype", "int64")
@@ -381,6 +403,8 @@ class Sources(ExportCase):
             ("--model", "own_export_models:three", "--input-shape", "4"): "gave a int",
             ("--model", "own_export_models:pair", "--input-shape", "5,4"): "returns a tuple",
             ("--model", "simplenet"): "give --checkpoint",
+            ("--format", "pt2", "--sparsity", "0.5"): "--sparsity and --prune-layer are for --format pruned",
+            ("--input-dtype", "int64"): "--input-dtype int64: the images that this model is compared on are float32",
             ("--checkpoint", self.folder / "absent.pt"): "absent.pt",
             ("--format", "gguf"): "gguf",
         }.items():

@@ -118,6 +118,10 @@ class Estimate(unittest.TestCase):
             measured = bytes_left_by(functools.partial(model, inputs))
             ratio = measure()["activations"] / measured
             self.assertTrue(0.95 < ratio < 1.05, f"activations of {name}: {ratio:.3f}")
+            training = measure()
+            model.eval()
+            self.assertEqual(measure(), training, f"{name} in evaluation mode")
+            model.train()
             for kind in (torch.optim.SGD, torch.optim.Adam):
                 tracker = MemoryTracker("cpu")
                 with tracker.phase("training"):
@@ -183,8 +187,6 @@ class Estimate(unittest.TestCase):
         self.assertTrue(torch.equal(torch.get_rng_state(), drawn))
         self.assertEqual((steps, dict(optimizer.state), hasattr(model[3], "kept")), ([], {}, False))
         self.assertTrue(all(p.grad is None for p in model.parameters()))
-        model(torch.ones(16, 8))  # now it keeps a tensor with a graph, which cannot be copied
-        estimate(model, optimizer, (16, 8))
 
     def test_a_model_on_the_meta_device_has_the_same_estimate(self) -> None:
         model = models()["convolution"][0]
@@ -268,5 +270,9 @@ class InUse(unittest.TestCase):
         tracker.peaks = {"forward": 3 * MIB + MIB // 2, "all_steps": 2000 * MIB}
         with contextlib.redirect_stdout(out):
             tracker.print_memory_info()
-        expected = "peak of each phase\nforward            3.50 MiB\nall steps      2,000.00 MiB\n"
-        self.assertRegex(out.getvalue(), rf"(?s)^memory of cpu\n.*{expected}$")
+        expected = (
+            "peak of each phase on cpu\n"
+            "  forward                   3.50 MiB\n"
+            "  all steps             2,000.00 MiB\n"
+        )
+        self.assertRegex(out.getvalue(), rf"(?s)^in use on cpu\n.*{expected}$")

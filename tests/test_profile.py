@@ -372,6 +372,10 @@ class Command(InFolder):
                 mine = ["--model", "mine_of_this_test:model", "--loader", "mine_of_this_test:batches"]
                 _, out, _ = self.profile(*mine, "--output", f"{slowest}")
             self.assertEqual("the machine is busy: one pass took 31% longer" in out, busy)
+        for times, busy in (([1.0, 1.0, 1.29], False), ([1.4, 1.0, 1.0] * 5, True)):
+            with mock.patch.object(script, "time_steps", side_effect=itertools.cycle(times)):
+                _, out, _ = self.profile(*mine, "--output", f"memory-{busy}", "--memory")
+            self.assertEqual("the machine is busy: one pass took 40% longer" in out, busy)
 
     def test_bad_input_gets_one_line(self) -> None:
         Path("used").mkdir()
@@ -388,6 +392,8 @@ class Command(InFolder):
             ("expected a whole number from 1", ["--steps", "0"]),
             ("mlp takes channels and two equal sides", ["--model", "mlp", "--input-shape", "3,32,64"]),
             ("--compile does not go with", ["--compile", "--checkpoint-activations"]),
+            ("--checkpoint-activations does not go with --memory", ["--checkpoint-activations", "--memory"]),
+            ("--batch-size does not go with --loader", ["--loader", f"{mine}:batches", "--batch-size", "8"]),
         ):
             with self.subTest(argv):
                 code, _, errors = self.profile(*argv)

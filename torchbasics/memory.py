@@ -1,6 +1,6 @@
 """Memory in use, the peak of each phase, what training a model will take, and the batch size that fits.
 
-All numbers are bytes; `format_memory` makes them readable. This file imports nothing but torch and can be copied alone.
+All numbers are bytes. This file imports nothing but torch and can be copied alone.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ class MemoryTracker:
         self.peaks[name] = max(self.peaks.get(name, 0), peak)
 
     def print_memory_info(self) -> None:
-        """Print the memory in use on the tracker's device, and the peak of each phase."""
-        print(f"memory of {self.device}\n{format_memory(self.get_memory_info(self.device))}")
-        if self.peaks:
-            print(f"peak of each phase\n{format_memory(self.peaks)}")
+        """Print the memory in use on the tracker's device, and the peak of each phase, in MiB (2**20 bytes)."""
+        for title, sizes in (("in use", self.get_memory_info(self.device)), ("peak of each phase", self.peaks)):
+            print(f"{title} on {self.device}")
+            for name, size in sizes.items():
+                print(f"  {name.replace('_', ' '):16}  {size / 2**20:>12,.2f} MiB")
 
     @staticmethod
     def get_memory_info(device: torch.device | str | None = None) -> dict[str, int]:
@@ -167,12 +168,6 @@ class MemoryTracker:
         return sizes[fitting - 1]
 
 
-def format_memory(info: Mapping[str, int]) -> str:
-    """Return one line per entry of `info`, such as those above: its name, and its bytes in MiB (2**20 bytes)."""
-    width = max(map(len, info), default=0)
-    return "\n".join(f"{name.replace('_', ' '):{width}}  {size / 2**20:>12,.2f} MiB" for name, size in info.items())
-
-
 def _estimator(
     model: nn.Module, optimizer: Optimizer | None, sample_shape: Sequence[int], dtype: torch.dtype
 ) -> Callable[[int], dict[str, int]]:
@@ -204,10 +199,7 @@ def _fixed_parts(model: nn.Module, optimizer: Optimizer | None) -> dict[str, int
 
 def _measure_forward(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
     """Run `model` in training mode on ones of `shape`; return the bytes of `inputs`, `activations`, `temporary`."""
-    # The copy shares the parameters, and results that modules keep, which cannot be copied. The rest is its own.
-    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    shared = chain(model.parameters(), (tensor for tensor in kept if not tensor.is_leaf))
-    model = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})  # which are shared
     if not model.training:  # else submodules may be in eval mode on purpose
         model.train()
     device = _device_of(model)
