@@ -30,6 +30,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 import torchbasics as tb
 from torchbasics import cli, distributed
+from torchbasics.report import Judgement, Report
 
 # Augmentation of the training images, at random for each: degrees, share of the size, share of the size.
 ROTATION, SHIFT, SCALING = 10.0, 0.1, 0.1
@@ -161,22 +162,24 @@ def open_run(args: argparse.Namespace, name: str, stack: contextlib.ExitStack) -
     return opened[0] if opened else None
 
 
-def judge(trainer: tb.Trainer, best: Path, loader: Any) -> dict[str, Any]:
-    """Look at the test set, once, with the best weights; return the figures of all processes."""
+def judge(trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[str, Any], Judgement]:
+    """Look at the test set, once, with the best weights; return the figures, and all else that the report shows."""
     if trainer.best_epoch is None:
         raise tb.NonFiniteLoss("no epoch had a finite validation loss; lower --lr or set --clip-norm 1")
     distributed.load_weights(trainer.evaluated_model, tb.load_checkpoint(best)["model_state_dict"])
     logits, targets = tb.predict_all(trainer.evaluated_model, loader, trainer.device, precision=trainer.precision)
-    loss = F.cross_entropy(logits.double(), targets, reduction="sum")
-    parts = distributed.all_gather([loss.item(), (logits.argmax(1) == targets).sum().item(), len(targets)])
-    loss_sum, correct, count = (sum(column) for column in zip(*parts, strict=True))
+    if not distributed.is_sharded(trainer.model):  # each process has judged its part of the images
+        parts = distributed.gather_objects((logits, targets))
+        logits, targets = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    judgement = Judgement(logits, targets, trainer.metadata["classes"])
     return {
-        "test_accuracy": correct / count,
-        "test_loss": loss_sum / count,
+        "test_accuracy": judgement.accuracy,
+        "test_loss": float(F.cross_entropy(logits.double(), targets)),
+        "test_samples": judgement.count,
         "best_val_accuracy": trainer.history["val_acc"][trainer.best_epoch],
         "best_epoch": trainer.best_epoch + 1,
         "epochs_run": trainer.epoch,
-    }
+    }, judgement
 
 
 @record  # torchrun names the process that failed first
@@ -218,6 +221,7 @@ def train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exit
         save_every=args.save_every, metadata={**facts, "options": vars(args)},
     )  # fmt: skip
     trainer.resume()
+    report = None
     if run is not None:
         versions = {"torch": torch.__version__, "torchbasics": tb.__version__}
         run.write_info(command=shlex.join(sys.argv), options=vars(args), **facts, notice=notice,
@@ -227,21 +231,28 @@ def train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exit
                   f"{args.model}, {tb.count_parameters(model):,} parameters; "
                   f"{tb.device_name(device)}; {precision}".strip())  # fmt: skip
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
+        start = f"torchrun --standalone --nproc-per-node={distributed.world_size()}"
+        report = Report(run.path, run.info, trainer, defaults=vars(make_parser().parse_args([])), launcher=start)
     started = time.monotonic()
     try:
-        trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
+        with report or contextlib.nullcontext():  # report.html is written now, after each epoch and at the end
+            trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
+            seconds = time.monotonic() - started
+            result, judgement = judge(trainer, Path(args.output) / "checkpoints" / "best.pt", test_loader)
+            if run is not None and report is not None:
+                report.judgement = judgement
+                run.write_info(result=result | {"train_seconds": seconds})
     except tb.Interrupted as stop:
         if run is not None:
             print(f"{stop}; continue with the same command and --resume {shlex.quote(args.output)}", file=sys.stderr)
         return 128 + stop.signum
-    seconds = time.monotonic() - started
-    result = judge(trainer, Path(args.output) / "checkpoints" / "best.pt", test_loader)
-    if run is not None:
-        run.write_info(result=result | {"train_seconds": seconds})
+    if report is not None:
         print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: "
               f"validation {result['best_val_accuracy']:.2%}, "
               f"test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f})")  # fmt: skip
-        print(f"training took {seconds:.1f} s\nfiles:    {run.path}")
+        for line in report.advice():
+            print(f"advice: {cli.printable(line)}")
+        print(f"training took {seconds:.1f} s\nreport:   {shlex.quote(str(report.path))}")
     return 0
 
 

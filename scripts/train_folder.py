@@ -41,6 +41,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout
 import torchbasics as tb
 from torchbasics import cli
 from torchbasics.data import mix_seed
+from torchbasics.device import preserved_random_state
+from torchbasics.report import Judgement, Report
 
 PARTS = ("train", "val", "test")
 TEST_SHARE = 0.1  # of all images, split off if there is no test folder; as many for validation
@@ -502,29 +504,28 @@ def top5(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.topk(5).indices == targets[:, None]).any(1).float()
 
 
-def judge(args: argparse.Namespace, trainer: tb.Trainer, best: Path, loader: Any) -> dict[str, Any]:
-    """Look at the test set, once, with the best weights; return the figures."""
-    classes = trainer.metadata["classes"]
+def judge(args: argparse.Namespace, trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[str, Any], Judgement]:
+    """Look at the test set, once, with the best weights; return the figures, and all else that the report shows."""
     if trainer.best_epoch is None:
         raise tb.NonFiniteLoss("no epoch had a finite validation loss; lower --lr or set --clip-norm 1")
     model = trainer.evaluated_model
     model.load_state_dict(tb.load_checkpoint(best)["model_state_dict"])
     logits, targets = tb.predict_all(model, loader, trainer.device, precision=trainer.precision)
-    confusion = torch.bincount(targets * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
-    confusion = confusion.view(len(classes), len(classes))  # rows: true class, columns: predicted
-    shares = confusion.diagonal() / confusion.sum(1)  # NaN for a class without test images
+    judgement = Judgement(logits, targets, trainer.metadata["classes"], images=loader.dataset)
+    shares = {row["name"]: row["recall"] for row in judgement.by_class()}  # NaN for a class without test images
     return {
-        "test_accuracy": float(confusion.trace() / confusion.sum()),
-        "test_balanced_accuracy": float(shares.nanmean()),
+        "test_accuracy": judgement.accuracy,
+        "test_balanced_accuracy": statistics.mean(share for share in shares.values() if share == share),
         **{f"test_{name}": float(metric(logits, targets).mean()) for name, metric in trainer.metrics.items()},
         "test_loss": float(F.cross_entropy(logits.double(), targets)),
-        "test_samples": len(targets),
-        "confusion": confusion.tolist(),
+        "test_samples": judgement.count,
+        "accuracy_by_class": shares,
+        "confusion": judgement.confusion.tolist(),
         "best_val_accuracy": trainer.history["val_acc"][trainer.best_epoch],
         "best_epoch": trainer.best_epoch + 1,
         "epochs_run": trainer.epoch,
         "stopped_because": trainer.early_stopping.reason if trainer.stopped else f"all {args.epochs} epochs done",
-    }
+    }, judgement
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -570,12 +571,18 @@ def main(argv: list[str] | None = None) -> int:
                   f"{type(model).__name__}, {tb.count_parameters(model):,} trained parameters; "
                   f"{tb.device_name(device)}; {trainer.precision}".strip())  # fmt: skip
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
+        with preserved_random_state(device):  # the images are cropped and mirrored at random
+            samples = next(iter(DataLoader(train_loader.dataset, 12, shuffle=True)))
+        report = Report(run.path, run.info, trainer, defaults=vars(make_parser().parse_args([])), samples=samples)
         started = time.monotonic()
         hint = f"continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}"
         try:
-            trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
-            seconds = time.monotonic() - started
-            result = judge(args, trainer, run.checkpoints / "best.pt", test_loader)
+            with report:  # report.html is written now, after each epoch and at the end
+                trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
+                seconds = time.monotonic() - started
+                result, report.judgement = judge(args, trainer, run.checkpoints / "best.pt", test_loader)
+                result |= {"train_seconds": seconds, "total_seconds": time.monotonic() - began}
+                run.write_info(result=result)
         except tb.Interrupted as stop:
             print(f"{stop}{'' if args.dry_run else '; ' + hint}", file=sys.stderr)
             return 128 + stop.signum
@@ -583,21 +590,21 @@ def main(argv: list[str] | None = None) -> int:
             if not trainer.is_saved():
                 trainer.save()
             raise OSError(f"{str(error).strip()}; all is saved: restore that file, then {hint}") from error
-        result |= {"train_seconds": seconds, "total_seconds": time.monotonic() - began}
-        run.write_info(result=result)
-        print_result(args, result, run)
+        print_result(args, result, report)
     return 0
 
 
-def print_result(args: argparse.Namespace, result: dict[str, Any], run: tb.RunDirectory) -> None:
+def print_result(args: argparse.Namespace, result: dict[str, Any], report: Report) -> None:
     top = f", {result['test_top5']:.2%} in the first five" if "test_top5" in result else ""
     print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: "
           f"validation {result['best_val_accuracy']:.2%}, test {result['test_accuracy']:.2%}{top}, "
           f"mean over classes {result['test_balanced_accuracy']:.2%} (loss {result['test_loss']:.4f})")  # fmt: skip
     print(f"stopped because: {result['stopped_because']}; training took {result['train_seconds']:.1f} s")
+    for line in report.advice():
+        print(f"advice: {cli.printable(line)}")
     if not args.dry_run:
-        folder, best = shlex.quote(str(run.path)), shlex.quote(str(run.checkpoints / "best.pt"))
-        print(f"files:    {folder}")
+        folder, best = shlex.quote(str(report.folder)), shlex.quote(str(report.folder / "checkpoints" / "best.pt"))
+        print(f"report:   {shlex.quote(str(report.path))}")
         print(f"predict:  python {Path(sys.argv[0]).with_name('predict.py')} --checkpoint {best} photo.jpg")
         if args.schedule == "constant":
             print(f"continue: python {sys.argv[0]} --resume {folder} --epochs {2 * args.epochs}")

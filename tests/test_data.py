@@ -148,10 +148,6 @@ class Order(unittest.TestCase):
         other.set_epoch(1)
         self.assertEqual(labels_of(other), epochs[1])
 
-    def test_without_shuffle_the_order_is_that_of_the_data(self) -> None:
-        loader = self.loader(shuffle=False)
-        self.assertEqual([labels_of(loader) for _ in range(2)], [list(range(57))] * 2)
-
     def test_drop_last_and_limit_batches_shorten_an_epoch(self) -> None:
         whole = labels_of(self.loader())
         for options, batches in (({"drop_last": True}, 7), ({"limit_batches": 3}, 3), ({"limit_batches": 100}, 8)):
@@ -188,11 +184,6 @@ class Order(unittest.TestCase):
         with torch.device("meta"):
             self.assertTrue(same(epoch(), expected))
 
-    def test_near_seeds_give_unrelated_ones(self) -> None:
-        self.assertEqual(len({mix_seed(seed, epoch) for seed in range(30) for epoch in range(30)}), 900)
-        self.assertNotEqual(mix_seed(1, 23), mix_seed(12, 3))
-        self.assertTrue(all(0 <= mix_seed(n) < 2**63 for n in range(100)))
-
 
 class Position(unittest.TestCase):
     def loader(self) -> TensorLoader:
@@ -211,12 +202,6 @@ class Position(unittest.TestCase):
             while resumed.epoch < 3:
                 rest += list(resumed)
             self.assertTrue(same(rest, whole[done:]), done)
-
-    def test_the_state_counts_what_was_given_out(self) -> None:
-        loader = self.loader()
-        seen = [loader.state_dict() for _ in loader]
-        self.assertEqual(seen, [{"epoch": 0, "batch": i} for i in range(1, 6)])
-        self.assertEqual(loader.state_dict(), {"epoch": 1, "batch": 0})
 
     def test_an_iteration_that_was_left_starts_the_epoch_again(self) -> None:
         loader, expected = self.loader(), list(self.loader())
@@ -288,15 +273,10 @@ class Affine(unittest.TestCase):
     def picture(self, height: int, width: int) -> Tensor:
         return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(height))
 
-    def test_draws_of_nought_are_the_identity(self) -> None:
-        for size in ((28, 28), (5, 9)):
-            picture = self.picture(*size)
-            torch.testing.assert_close(RandomAffine()(picture, torch.zeros(2, 3)), picture, rtol=0, atol=1e-5)
-
     def test_shifting_by_whole_pixels_moves_them_and_black_comes_in(self) -> None:
         for height, width in ((20, 20), (10, 20)):
             picture = self.picture(height, width)
-            for right, down in ((2, 0), (0, 1), (-4, 3)):
+            for right, down in ((0, 0), (2, 0), (0, 1), (-4, 3)):
                 draws = torch.tensor([[0.0, -right / width / 0.2, -down / height / 0.2]] * 2)
                 expected = torch.zeros_like(picture)
                 source = picture[..., max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)]
@@ -313,18 +293,6 @@ class Affine(unittest.TestCase):
                 ours = RandomAffine(30)(picture, torch.tensor([[draw, 0.0, 0.0]] * 2))
                 theirs = tv.rotate(picture, 30 * draw, interpolation=InterpolationMode.BILINEAR)  # black outside
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
-
-    def test_a_dot_lands_where_complex_numbers_say(self) -> None:
-        height, width = 41, 61
-        picture = torch.zeros(1, 1, height, width)
-        picture[0, 0, 25, 40] = 1.0  # 10 right of the middle, 5 below it
-        moved = RandomAffine(20, 0.1)(picture, torch.tensor([[0.7, 0.5, -0.8]]))[0, 0]
-        rows, columns = torch.arange(height).view(-1, 1) - 20, torch.arange(width) - 30
-        found = complex(float((moved * columns).sum() / moved.sum()), float((moved * rows).sum() / moved.sum()))
-        turn = complex(math.cos(math.radians(14)), math.sin(math.radians(14)))
-        # output p shows input turn·p + shift
-        expected = (complex(10, 5) - complex(0.5 * 0.1 * width, -0.8 * 0.1 * height)) / turn
-        self.assertLess(abs(found - expected), 0.3)
 
     def test_resizing_equals_interpolation_of_a_part_of_the_image(self) -> None:
         picture = self.picture(16, 16)

@@ -117,14 +117,6 @@ class Precision(unittest.TestCase):
             with self.subTest(found), mock.patch.object(torch, "cpu", cpu):
                 self.assertEqual(pick_precision(), expected)
                 self.assertEqual(pick_precision("auto", CPU), expected)
-        with mock.patch.object(torch, "cpu", types.SimpleNamespace()):  # a torch that cannot tell
-            self.assertEqual(pick_precision(), "fp32")
-
-    @unittest.skipUnless(os.path.exists("/proc/cpuinfo"), "Linux lists what the processor can do")
-    def test_auto_is_never_bf16_if_the_processor_does_not_list_it(self) -> None:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
-        if not {"avx512_bf16", "amx_bf16", "bf16"} & words:
-            self.assertEqual(pick_precision("auto", "cpu"), "fp32")
 
     def test_emulated_bf16_on_a_gpu_is_not_native(self) -> None:
         with mock.patch.object(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation):
@@ -214,11 +206,6 @@ class Seeds(unittest.TestCase):
         set_seed(42)
         self.assertEqual(self.draws(), default)
 
-    def test_the_seed_is_that_of_each_library(self) -> None:
-        set_seed(7)
-        self.assertEqual(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(7)))
-        self.assertEqual(random.random(), random.Random(7).random())
-
     def test_a_seed_out_of_range_is_an_error(self) -> None:
         for seed in (-1, 2**32):
             with self.assertRaisesRegex(ValueError, rf"seed must be between 0 and 2\*\*32 - 1, got {seed}"):
@@ -242,15 +229,9 @@ class Seeds(unittest.TestCase):
             torch.save(random_state(CPU), path)
             expected = [self.draws() for _ in range(3)]
             set_seed(99)
-            set_random_state(torch.load(path, weights_only=True), CPU)
-        self.assertEqual([self.draws() for _ in range(3)], expected)
-
-    def test_a_random_state_can_be_restored_twice(self) -> None:
-        state = random_state(CPU)
-        first = self.draws()
-        for _ in range(2):
-            set_random_state(state, CPU)
-            self.assertEqual(self.draws(), first)
+            for _ in range(2):  # a state can be restored twice
+                set_random_state(torch.load(path, weights_only=True), CPU)
+                self.assertEqual([self.draws() for _ in range(3)], expected)
 
     def test_draws_inside_preserved_random_state_change_nothing_outside(self) -> None:
         set_seed(5)

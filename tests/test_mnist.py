@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import socket
 import struct
 import sys
@@ -94,22 +92,17 @@ class Damage(TempCase):
     IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
     def test_a_damaged_file_is_refused_by_name(self) -> None:
-        huge = 2**32 - 1
         for file, content, words in (
             (self.IMAGES, images_file(12)[:-1], "its header does not fit its size of 9,423 bytes"),
             (self.IMAGES, images_file(12)[:-784], "header"),
             (self.IMAGES, images_file(12) + b"\0", "header"),
-            (self.IMAGES, images_file(12)[:15], "header"),
             (self.IMAGES, b"", "header"),
             (self.IMAGES, labels_file(12 * 784 + 8), "header"),  # of the right size
             (self.IMAGES, idx(0x0D03, (12, 28, 28), bytes(12 * 784)), "header"),  # of another type of number
             (self.IMAGES, idx(0x0803, (12, 32, 28), bytes(12 * 32 * 28)), "header"),
             (self.IMAGES, idx(0x0803, (0, 28, 28), b""), "header"),
-            (self.IMAGES, idx(0x0803, (huge, huge, huge), bytes(100)), "header"),
             (self.LABELS, labels_file(12) + b"\0", "header"),
             (self.LABELS, idx(0x0801, (0,), b""), "header"),
-            (self.LABELS, labels_file(11), "11 labels for 12 images"),
-            (self.LABELS, idx(0x0801, (12,), bytes([1] * 11 + [10])), "the label 10, expected 0 to 9"),
         ):
             with self.subTest(file=file, words=words, size=len(content)):
                 raw = write_set(self.root)
@@ -130,10 +123,6 @@ class Damage(TempCase):
                 words = str(raw / file), f"MD5 is not {sums[file]}"
                 self.refused(DataError, lambda: read_mnist("mnist", self.root), *words)
                 write_set(self.root, "mnist")
-
-    def test_only_the_published_files_are_mnist(self) -> None:
-        write_set(self.root, "mnist")
-        self.refused(DataError, lambda: read_mnist("mnist", self.root), "6bbc9ace898e44ae57da46a324031adb")
 
     def test_a_damaged_file_is_not_downloaded_again(self) -> None:
         raw = write_set(self.root)
@@ -193,10 +182,6 @@ class Downloading(TempCase):
         self.refused(ConnectionError, lambda: read_mnist("kmnist", self.root), *words)
         self.assertEqual(self.files(), [])
 
-    def test_a_truncated_download_is_noticed_when_it_is_read(self) -> None:
-        self.use(lambda raw: (write_set(raw.parents[1]) / "train-labels-idx1-ubyte").write_bytes(labels_file(12)[:-1]))
-        self.refused(DataError, lambda: read_mnist("kmnist", self.root), "train-labels-idx1-ubyte is damaged")
-
     def test_a_folder_that_cannot_be_written_is_no_matter_of_the_network(self) -> None:
         (self.root / "KMNIST").write_bytes(b"")
         with self.assertRaises(OSError) as caught:
@@ -216,16 +201,6 @@ class Downloading(TempCase):
         socket.setdefaulttimeout(71)
         download_mnist("kmnist", self.root)
         self.assertEqual((seen, socket.getdefaulttimeout()), ([30.0], 71))
-
-    def test_progress_is_not_shown_where_no_terminal_is(self) -> None:
-        def fill(raw: Path) -> None:
-            print("50%", file=sys.stderr)
-            fill_well(raw)
-
-        self.use(fill)
-        with contextlib.redirect_stderr(io.StringIO()) as shown:
-            download_mnist("kmnist", self.root)
-        self.assertEqual(shown.getvalue(), "")
 
     @unittest.skipIf(mnist.fcntl is None, "no locks here")
     def test_a_second_process_waits_for_the_first_and_uses_its_files(self) -> None:

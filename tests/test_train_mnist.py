@@ -496,7 +496,7 @@ class BadInput(ScriptCase):
         diverging = (*SMALL, "--lr", 1e30, "--schedule", "cosine", "--warmup-epochs", 1, "--save-every", 1)
         code, _, first = call(*diverging, "--output", "a")
         self.assertEqual(code, 1)
-        self.assertRegex(first, r"^error: .* is (nan|inf) in batch \d+, .*saved \d steps before: a/\S+\.pt.*\n$")
+        self.assertRegex(first, r"^error: .* is (nan|inf) in batch \d+; .*saved \d steps before: a/\S+\.pt.*\n$")
         code, _, again = call("--resume", "a", "--anomaly")
         self.assertEqual((code, again.partition("epoch")[0]), (1, first.partition("epoch")[0]))
 

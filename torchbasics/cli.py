@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, but refuse `--option=--`, which may give an empty list there."""
+        """Parse as argparse does, but refuse `--option=--`, for which argparse would give an empty list."""
         args = sys.argv[1:] if args is None else list(args)
         for word in args:
             if word.startswith("--") and word.endswith("=--"):
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Print `message` and exit with code 2."""
-        self.exit(2, f"error: {_short(message)}; see --help\n")
+        self.exit(2, f"error: {shortened(message)}; see --help\n")
 
 
 def number(kind: type, low: float, high: float = math.inf, strict: bool = False) -> Callable[[str], Any]:
@@ -76,6 +76,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def shortened(text: str) -> str:
+    """Return `text` as one line of at most 600 characters, with what the user gave cut if it is long."""
+    given = r"'[^']{200,}'|\"[^\"]{200,}\"|(?<=unrecognized arguments: ).{200,}|\S{200,}"
+    return printable(re.sub(given, lambda match: f"{match[0][:50]}...{match[0][-50:]}", text, flags=re.S))[:600]
+
+
 def run(
     main: Callable[..., int | None],
     argv: Sequence[str] | None = None,
@@ -92,26 +98,30 @@ def run(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # escape what the terminal cannot encode
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *args, **kwargs: _print(f"warning: {message}")
+        warnings.showwarning = lambda message, *args, **kwargs: print_error(f"warning: {message}")
         warnings.filterwarnings("once", category=UserWarning)
         try:
-            code: Any = main(argv) or 0
-        except SystemExit as stop:  # from --help and from the parser's errors
-            code = stop.code or 0
+            try:
+                code: Any = main(argv) or 0
+            except SystemExit as stop:  # from --help and from the parser's errors
+                code = stop.code or 0
+            sys.stdout.flush()
+            return code
         except KeyboardInterrupt:
-            _print("interrupted")
-            code = 130
+            print_error("interrupted")
+            return 130
         except BrokenPipeError:
-            code = 141
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its exit
+            return 141
         except Exception as error:
             if debug and not hasattr(error, "signum"):
                 raise
-            code, line = _describe(error, out_of_memory)
-            _print(line)
-    return _flush(code)
+            code, line = describe(error, out_of_memory)
+            print_error("; ".join([line, *getattr(error, "__notes__", ())]))  # a Trainer notes what was saved before
+            return code
 
 
-def _describe(error: Exception, out_of_memory: str) -> tuple[int, str]:
+def describe(error: Exception, out_of_memory: str) -> tuple[int, str]:
     """Return the exit code for `error`, and its line: what went wrong, where, and what to do."""
     text = str(error).strip()
     if "Original Traceback" in text:  # from a worker of a DataLoader: the last line is the error
@@ -126,38 +136,16 @@ def _describe(error: Exception, out_of_memory: str) -> tuple[int, str]:
         size = re.search(r"allocate ([\d.,]+ \w+)", text)
         line = "error: out of memory" + (f": cannot allocate {size[1]}" if size else "")
         return 1, f"{line}; {out_of_memory}" if out_of_memory else line
-    code = 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
     if isinstance(error, OSError) and error.strerror:
-        line = f"error: {error.strerror}" + (f": {error.filename}" if error.filename else "")
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
-        return code, f"{line}; make room, permit it, or choose another place" if full else line
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            text += "; make room, permit it, or choose another place"
+    code = 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
     ours = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]  # such as NonFiniteLoss
     if text and (ours or isinstance(error, (ValueError, OSError))):
         return code, f"error: {text}"
     return code, f"error: {type(error).__name__}: {text} (--debug shows the traceback)"
 
 
-def _short(text: str) -> str:
-    """Return `text` as one line of at most 600 characters, with what the user gave cut if it is long."""
-    given = r"'[^']{200,}'|\"[^\"]{200,}\"|(?<=unrecognized arguments: ).{200,}|\S{200,}"
-    return printable(re.sub(given, lambda match: f"{match[0][:50]}...{match[0][-50:]}", text, flags=re.S))[:600]
-
-
-def _print(text: str) -> None:
-    print(_short(text), file=sys.stderr, flush=True)
-
-
-def _flush(code: int) -> int:
-    """Write out what standard output holds. Return `code`, or 141 or 1 if it was 0 and that cannot be done."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return code
-    except OSError as error:
-        # Python would try again at its exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return code or 141
-        if not code:
-            _print(f"error: {error.strerror}: standard output; make room, or choose another place")
-        return code or 1
+def print_error(text: str) -> None:
+    print(shortened(text), file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +60,8 @@ class Splits(NamedTuple):
 def load_images(name: str, data_dir: str | os.PathLike = "./data", train: bool = True, download: bool = True) -> Images:
     """Load `mnist`, `fashion-mnist` or `kmnist` (downloaded if absent), or draw `digits`: (N, 1, 28, 28).
 
-    There are 60,000 images for training and 10,000 others for the test. Raises FileNotFoundError if they are absent and
-    `download` is False, ConnectionError if they cannot be downloaded, DataError if a file is damaged.
+    60,000 images are for training and 10,000 for the test. Raises FileNotFoundError if they are absent and `download`
+    is False, ConnectionError if they cannot be downloaded, DataError if a file is damaged.
     """
     if name == "digits":
         inputs, targets = digits.draw_digits(60_000 if train else 10_000, seed=0 if train else 1)
@@ -107,8 +107,7 @@ def _choose(name: str, data_dir: str | os.PathLike, download: bool = True) -> tu
 def channel_statistics(inputs: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of each channel of uint8 images (N, C, H, W), on the scale 0 to 1.
 
-    They are exact, from a histogram: no float copy of the data set is made. A channel of one colour gets deviation 1,
-    so that one can divide by it.
+    They come from a histogram, without a float copy of the data set. A channel of one colour gets deviation 1.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
@@ -148,20 +147,11 @@ def load_mnist(
     )
 
 
-class Augmentation(Protocol):
-    """Random changes of a batch, in two steps, so that each process can change its part as one process would."""
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Return random numbers for `count` samples, (count, ...), on the generator's device."""
-
-    def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
-        """Return `inputs` (B, ...) changed as `draws` (B, ...) say. Images are float32 from 0 to 255."""
-
-
 class RandomAffine:
     """Rotate each image by up to ±`degrees`, shift it by up to ±`shift` of its size, and resize it.
 
-    Width and height change independently by up to ±`scale`, a share below 1. Bilinear, black outside.
+    Width and height change independently by up to ±`scale`, a share below 1. Bilinear, black outside. It works in two
+    steps, as an augmentation of your own must: `draw` for a whole batch, then the call for this process's part of it.
     """
 
     def __init__(self, degrees: float = 10.0, shift: float = 0.1, scale: float = 0.0) -> None:
@@ -177,7 +167,7 @@ class RandomAffine:
         return torch.rand(size, generator=generator, device=generator.device, dtype=torch.float32) * 2 - 1
 
     def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
-        """Return the changed images, float (B, C, H, W)."""
+        """Return images (B, C, H, W), float32 from 0 to 255, changed as `draws` (B, 3 or 5) say."""
         height, width = inputs.shape[-2:]
         cos, sin = torch.cos(draws[:, 0] * self.radians), torch.sin(draws[:, 0] * self.radians)  # (B,)
         # For each pixel of the output, where it comes from. Coordinates run from -1 to 1 across the image.
@@ -210,15 +200,12 @@ class TensorLoader:
     The inputs lie on `device`, so that a batch is one indexing operation, without workers and copies. The targets stay
     on the host, where they can be counted without waiting for the device. uint8 inputs are images: they become float32
     from 0 to 255, are augmented, scaled to 0 to 1 and normalised by `mean` and `std` (one number, or one per channel).
-    Other inputs pass as they are.
+    Other inputs pass as they are. After a whole iteration the next one is the next epoch, with `shuffle` in another
+    order. `limit_batches` shortens epochs.
 
     `batch_size` is that of all processes together: each gets its equal part, so the batches do not depend on how many
-    there are. Without `drop_last` the last batch may be smaller; it is divided as equally as possible, and a process
-    whose part is empty gets no batch for it (an evaluation can do so, a training cannot). `rank` and `world_size` are
-    those of the process by default. With `world_size=1` every process reads the whole data set.
-
-    After a whole iteration the next one is the next epoch, with `shuffle` in another order. `limit_batches` shortens
-    epochs.
+    there are. A smaller last batch is divided as equally as possible, and a process whose part is empty gets no batch
+    for it. With `world_size=1` every process reads the whole data set.
 
     >>> loader = TensorLoader(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10), batch_size=4)
     >>> [tuple(inputs.shape) for inputs, targets in loader]
@@ -236,7 +223,7 @@ class TensorLoader:
         device: torch.device | str = "cpu",
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
-        augment: Augmentation | None = None,
+        augment: RandomAffine | None = None,
         drop_last: bool = False,
         limit_batches: int | None = None,
         rank: int | None = None,
@@ -244,7 +231,8 @@ class TensorLoader:
     ) -> None:
         if len(inputs) != len(targets):
             raise ValueError(f"{len(inputs)} inputs for {len(targets)} targets; expected as many")
-        if inputs.dtype != torch.uint8 and (any(mean) or set(std) != {1.0}):
+        self.is_image = inputs.dtype == torch.uint8
+        if not self.is_image and (any(mean) or set(std) != {1.0}):
             raise ValueError(f"mean and std are for uint8 images, got {inputs.dtype}; normalise those yourself")
         self.world_size = distributed.world_size() if world_size is None else world_size
         if rank is None:
@@ -299,12 +287,12 @@ class TensorLoader:
             own = samples[part]
             if len(own):
                 inputs = self.inputs.index_select(0, own.to(self.device, non_blocking=True))  # (B, C, H, W)
-                if inputs.dtype == torch.uint8:
+                if self.is_image:
                     inputs = inputs.float()
                 if self.augment is not None:
                     generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, epoch, number))
                     inputs = self.augment(inputs, self.augment.draw(len(samples), generator)[part])
-                if self.inputs.dtype == torch.uint8:
+                if self.is_image:
                     inputs = inputs.sub_(self._shift).mul_(self._scale)
                 yield inputs, self.targets.index_select(0, own)
         self.set_epoch(epoch + 1)
@@ -413,7 +401,7 @@ def get_transforms(train: bool = True, size: int = 224) -> Callable:
     """Return the usual steps for colour photographs: PIL image or uint8 tensor in, float32 (3, size, size) out.
 
     Training: random crop and scale, flip, colour jitter. Evaluation: the middle, after scaling to 256/224 of `size`.
-    Both are normalised with the mean and standard deviation of ImageNet.
+    Both are normalised with ImageNet's mean and standard deviation.
     """
     mnist.import_torchvision()
     from torchvision.transforms import v2
@@ -430,7 +418,7 @@ def get_transforms(train: bool = True, size: int = 224) -> Callable:
 class CustomDataset(Dataset):
     """Give `(data[i], labels[i])`, the sample through `transform` if there is one.
 
-    What is a NumPy array or number (after `transform`) becomes a tensor: float64 as float32, integer labels as int64.
+    NumPy arrays and numbers (after `transform`) become tensors: float64 as float32. Integer labels become int64.
     """
 
     def __init__(
@@ -449,18 +437,18 @@ class CustomDataset(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        sample = self.data[index] if self.transform is None else self.transform(self.data[index])
-        label = self.labels[index]
-        return _from_numpy(sample), _from_numpy(label, integers_to_int64=True)
+        sample = _from_numpy(self.data[index] if self.transform is None else self.transform(self.data[index]))
+        label = _from_numpy(self.labels[index])
+        if isinstance(label, Tensor) and not label.is_floating_point():
+            label = label.long()
+        return sample, label
 
 
-def _from_numpy(value: Any, integers_to_int64: bool = False) -> Any:
+def _from_numpy(value: Any) -> Any:
     """Return a tensor for a NumPy array or number, float32 for float64, and any other value as it is."""
     import numpy as np
 
     if not isinstance(value, (np.ndarray, np.number, np.bool_)):
         return value
     tensor = torch.tensor(value)
-    if tensor.dtype == torch.float64:
-        return tensor.float()
-    return tensor.long() if integers_to_int64 and not tensor.is_floating_point() else tensor
+    return tensor.float() if tensor.dtype == torch.float64 else tensor

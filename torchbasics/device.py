@@ -49,8 +49,7 @@ def bf16_is_native(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # A torch without get_capabilities cannot tell, so the answer is no.
-        found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        found = torch.cpu.get_capabilities()
         return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, ARM
     return device.type == "xpu"
 
@@ -72,12 +71,11 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def cache_cpu_memory() -> bool:
-    """Make the C library keep the memory of freed tensors for the next ones, as torch does on accelerators.
+    """Make glibc keep the memory of freed tensors for the next ones, as torch does on accelerators.
 
-    By default glibc returns large blocks to the system, and every training step has to take them again, page by page:
-    a quarter of a step of MNISTNet. The price: the process stays as large as it once was (glibc manual, mallopt).
-
-    Return whether the C library agreed. It does not if it is not glibc, or if the user has set malloc's own variables.
+    By default it returns large blocks to the system, and every training step has to take them again, page by page: a
+    quarter of a step of MNISTNet. The price: the process stays as large as it once was (glibc manual, mallopt). Return
+    False if the C library is another one, or if the user has set malloc's own variables.
     """
     if any(name in os.environ for name in MALLOC_VARIABLES):
         return False
@@ -163,10 +161,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def check_pytorch_environment() -> torch.device:
-    """Print what there is to compute with, in four lines, and return the device that `auto` means here.
-
-    The long form, which also says what to fix, is `scripts/env_check.py`.
-    """
+    """Print what there is to compute with, and return the device of `auto`. `scripts/env_check.py` is the long form."""
     device = pick_device()
     name = device_name(device)
     if device.type in ("cuda", "xpu"):

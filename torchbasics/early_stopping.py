@@ -15,7 +15,7 @@ class EarlyStopping:
     scores. A NaN or infinite score is never an improvement.
 
     Attributes: `best_score` and `best_epoch` (the index of its call, from 0), `counter` (scores since the best),
-    `improved` (whether the last score was the best), `early_stop`, `reason` (why it stops, else "").
+    `early_stop`, `reason` (why it stops, else "").
 
     >>> stopper = EarlyStopping(patience=2)
     >>> [stopper(loss) for loss in (1.0, 0.9, 0.95, 0.9)]
@@ -29,10 +29,8 @@ class EarlyStopping:
     ) -> None:
         if mode not in (None, "min", "max"):
             raise ValueError(f"mode must be 'min', 'max' or None, got {mode!r}")
-        if patience < 0 or min_epochs < 0:
-            raise ValueError(f"patience and min_epochs must not be negative, got {patience} and {min_epochs}")
-        if not (delta >= 0 and math.isfinite(delta)):
-            raise ValueError(f"delta must be finite and not negative, got {delta}")
+        if patience < 0 or not delta >= 0:  # also refuses NaN
+            raise ValueError(f"patience and delta must not be negative, got {patience} and {delta}")
         self.patience = patience
         self.delta = delta
         self.mode = mode
@@ -45,22 +43,14 @@ class EarlyStopping:
     def __call__(self, score: float) -> bool:
         """Take the next score and return whether to stop."""
         score = float(score)
-        if math.isfinite(score) and (self.best_score is None or self._beats(score, self.best_score)):
+        sign = -1 if self.mode == "max" else 1
+        self.counter += 1
+        if math.isfinite(score) and (self.best_score is None or sign * (self.best_score - score) > self.delta):
             self.best_score = score
             self.best_epoch = self.epochs_seen
             self.counter = 0
-        else:
-            self.counter += 1
         self.epochs_seen += 1
         return self.early_stop
-
-    def _beats(self, score: float, best: float) -> bool:
-        return score > best + self.delta if self.mode == "max" else score < best - self.delta
-
-    @property
-    def improved(self) -> bool:
-        """Whether the last score was the best."""
-        return self.epochs_seen > 0 and self.counter == 0
 
     # Derived from the counts, never stored: a run that stopped stays stopped when it is resumed, and goes on if it is
     # given more patience.
@@ -80,12 +70,7 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen so far. Patience, delta and mode are the constructor's and not part of it."""
-        return {
-            "best_score": self.best_score,
-            "best_epoch": self.best_epoch,
-            "counter": self.counter,
-            "epochs_seen": self.epochs_seen,
-        }
+        return {key: getattr(self, key) for key in ("best_score", "best_epoch", "counter", "epochs_seen")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`, which `state_dict` returned."""

@@ -15,7 +15,6 @@ import socket
 import struct
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -78,10 +77,6 @@ def read_mnist(
     md5 = MNIST_MD5 if name == "mnist" else {}
     images = _read_idx(images_path, (28, 28), md5.get(images_path.name))  # (N, 28, 28)
     labels = _read_idx(labels_path, (), md5.get(labels_path.name))  # (N,)
-    if len(labels) != len(images):
-        raise _damaged(labels_path, f"it holds {len(labels)} labels for {len(images)} images")
-    if int(labels.max()) > 9:
-        raise _damaged(labels_path, f"it holds the label {int(labels.max())}, expected 0 to 9")
     return images.unsqueeze(1), labels.long()
 
 
@@ -90,15 +85,14 @@ def _read_idx(path: Path, shape: tuple[int, ...], md5: str | None) -> Tensor:
     content = bytearray(path.read_bytes())
     start = 8 + 4 * len(shape)  # the header: magic number, N, shape, each a big-endian uint32
     count, rest = divmod(len(content) - start, math.prod(shape))
+    problem = ""
     if count < 1 or rest or content[:start] != struct.pack(f">{start // 4}I", 0x801 + len(shape), count, *shape):
-        raise _damaged(path, f"its header does not fit its size of {len(content):,} bytes")
-    if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise _damaged(path, f"its MD5 is not {md5}")
+        problem = f"its header does not fit its size of {len(content):,} bytes"
+    elif md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        problem = f"its MD5 is not {md5}"
+    if problem:
+        raise DataError(f"{path} is damaged: {problem}; delete the file to have it downloaded again")
     return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(count, *shape)
-
-
-def _damaged(path: Path, problem: str) -> DataError:
-    return DataError(f"{path} is damaged: {problem}; delete the file to have it downloaded again")
 
 
 def download_mnist(name: str, data_dir: str | os.PathLike) -> None:
@@ -116,27 +110,21 @@ def download_mnist(name: str, data_dir: str | os.PathLike) -> None:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [path for path in files if not path.exists()]  # another process may have brought them meanwhile
-        if missing:
-            try:
-                _fetch(getattr(torchvision.datasets, FOLDERS[name]), folder)
-            except Exception as error:  # RuntimeError, URLError, OSError, ...
-                reason = (str(error).strip(" .\n") or type(error).__name__).splitlines()[-1]
-                raise ConnectionError(
-                    f"{name} could not be downloaded: {reason}; check the network, or put its files into {raw}"
-                ) from error
+        waited = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30.0)  # torchvision sets none, and would wait for a silent server for ever
+        try:
+            if missing:
+                with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # its progress
+                    getattr(torchvision.datasets, FOLDERS[name])(folder, download=True)
+        except Exception as error:  # RuntimeError, URLError, OSError, ...
+            reason = (str(error).strip(" .\n") or type(error).__name__).splitlines()[-1]
+            raise ConnectionError(
+                f"{name} could not be downloaded: {reason}; check the network, or put its files into {raw}"
+            ) from error
+        finally:
+            socket.setdefaulttimeout(waited)
         for path in missing:
             os.replace(Path(folder) / FOLDERS[name] / "raw" / path.name, path)
-
-
-def _fetch(dataset: Callable[..., object], folder: str) -> None:
-    """Let torchvision download `dataset` into `folder`, showing its progress on a terminal only."""
-    waited = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30.0)  # torchvision sets none, and would wait for a silent server for ever
-    try:
-        with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):
-            dataset(folder, download=True)
-    finally:
-        socket.setdefaulttimeout(waited)
 
 
 def import_torchvision() -> ModuleType:

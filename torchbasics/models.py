@@ -27,8 +27,7 @@ class SimpleNet(nn.Module):
     """Linear layers with ReLU between them: the smallest classifier.
 
     Input: floats (B, ...) with `input_size` values per sample. Output: logits (B, num_classes). `hidden_sizes` are the
-    widths of the hidden layers; one integer means one hidden layer. Raises ValueError unless all sizes are positive
-    integers.
+    widths of the hidden layers; one integer means one hidden layer.
     """
 
     def __init__(
@@ -37,10 +36,8 @@ class SimpleNet(nn.Module):
         super().__init__()
         if isinstance(hidden_sizes, int):
             hidden_sizes = (hidden_sizes,)
-        _check_sizes(input_size=input_size, num_classes=num_classes)
-        for size in hidden_sizes:
-            _check_sizes(hidden_sizes=size)
         sizes = [input_size, *hidden_sizes]
+        _check_sizes(*sizes, num_classes)
         self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(sizes))
         self.output = nn.Linear(sizes[-1], num_classes)
 
@@ -54,13 +51,12 @@ class SimpleNet(nn.Module):
 class NeuralNetwork(nn.Module):
     """Two hidden layers of 30 and 20 units, written as one `nn.Sequential`.
 
-    Input: floats (B, ...) with `num_inputs` values per sample. Output: logits (B, num_outputs). Raises ValueError
-    unless both sizes are positive integers.
+    Input: floats (B, ...) with `num_inputs` values per sample. Output: logits (B, num_outputs).
     """
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__()
-        _check_sizes(num_inputs=num_inputs, num_outputs=num_outputs)
+        _check_sizes(num_inputs, num_outputs)
         self.layers = nn.Sequential(
             nn.Linear(num_inputs, 30),
             nn.ReLU(),
@@ -77,13 +73,12 @@ class MLP(nn.Module):
     """Two hidden layers, each followed by BatchNorm, ReLU and Dropout.
 
     Input: floats (B, ...) with `input_dim` values per sample. In training mode B must be at least 2, because BatchNorm
-    takes its statistics from the batch. Output: logits (B, output_dim). Raises ValueError unless the sizes are positive
-    integers and `dropout` lies between 0 and 1.
+    takes its statistics from the batch. Output: logits (B, output_dim).
     """
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, dropout: float = 0.1) -> None:
         super().__init__()
-        _check_sizes(input_dim=input_dim, hidden_dim=hidden_dim, output_dim=output_dim)
+        _check_sizes(input_dim, hidden_dim, output_dim)
         self.layers = nn.Sequential(
             nn.Linear(input_dim, hidden_dim),
             nn.BatchNorm1d(hidden_dim),
@@ -106,7 +101,7 @@ class CNN(nn.Module):
     Pooling comes before ReLU: the values are the same in either order, and ReLU has a quarter of the work.
 
     Input: floats (B, in_channels, image_size, image_size). Output: logits (B, num_classes). `image_size`, in pixels, is
-    a multiple of 4. Raises ValueError for other sizes and for a `dropout` outside 0..1.
+    a multiple of 4.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28, dropout: float = 0.5) -> None:
@@ -139,7 +134,7 @@ class MNISTNet(nn.Module):
 
     Each block ends by dropping whole channels (Dropout2d), because neighbouring pixels of a channel are nearly equal.
     The weights start as in He et al., "Delving Deep into Rectifiers" (2015, arXiv:1502.01852), which keeps the variance
-    of activations through ReLU layers. Input, output and errors are those of `CNN`.
+    of activations through ReLU layers. Input and output are those of `CNN`.
     """
 
     def __init__(
@@ -147,26 +142,8 @@ class MNISTNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_image_model(num_classes, in_channels, image_size)
-        self.block1 = nn.Sequential(
-            nn.Conv2d(in_channels, 32, 3, padding=1),  # (B, 32, 28, 28)
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.Conv2d(32, 32, 3, padding=1),  # (B, 32, 28, 28)
-            nn.BatchNorm2d(32),
-            nn.MaxPool2d(2),  # (B, 32, 14, 14)
-            nn.ReLU(),
-            nn.Dropout2d(dropout),
-        )
-        self.block2 = nn.Sequential(
-            nn.Conv2d(32, 64, 3, padding=1),  # (B, 64, 14, 14)
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1),  # (B, 64, 14, 14)
-            nn.BatchNorm2d(64),
-            nn.MaxPool2d(2),  # (B, 64, 7, 7)
-            nn.ReLU(),
-            nn.Dropout2d(dropout),
-        )
+        self.block1 = self.block(in_channels, 32, dropout)
+        self.block2 = self.block(32, 64, dropout)
         self.classifier = nn.Sequential(
             nn.Linear(64 * (image_size // 4) ** 2, 256),
             nn.ReLU(),
@@ -176,8 +153,20 @@ class MNISTNet(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    @staticmethod
+    def block(in_channels: int, channels: int, dropout: float) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Dropout2d(dropout),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block1(x)  # (B, 32, 14, 14)
@@ -190,7 +179,7 @@ class FastNet(nn.Module):
 
     On a CPU a small convolution takes far longer than its arithmetic would, so there are only two, without padding. The
     first has a stride of 2 and is pooled at once, so that BatchNorm and ReLU have a quarter of the work. The default
-    network has 207,130 parameters. Input, output and errors are those of `CNN`; `image_size` is at least 16.
+    network has 207,130 parameters. Input and output are those of `CNN`; `image_size` is at least 16.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> None:
@@ -226,7 +215,7 @@ class SmallVGG(nn.Module):
     half the time: it has few channels where images are large and many where they are small, and it pools before
     BatchNorm and ReLU, which then have a quarter of the work. `channels` are those of the five convolutions. `dropout`
     is the rate before the linear layer; half that rate drops whole channels. The default network has 139,514
-    parameters. Input, output and errors are those of `CNN`; `image_size` is at least 24.
+    parameters. Input and output are those of `CNN`; `image_size` is at least 24.
     """
 
     def __init__(
@@ -239,36 +228,25 @@ class SmallVGG(nn.Module):
     ) -> None:
         super().__init__()
         _check_image_model(num_classes, in_channels, image_size, smallest=24)
-        if len(channels) != 5:
-            raise ValueError(f"expected the channels of five convolutions, got {tuple(channels)}")
-        for number in channels:
-            _check_sizes(channels=number)
         c1, c2, c3, c4, c5 = channels
-        # no bias before BatchNorm, which would subtract it again
         self.features = nn.Sequential(
-            nn.Conv2d(in_channels, c1, 3, bias=False),  # (B, 16, 26, 26)
-            nn.BatchNorm2d(c1),
-            nn.ReLU(),
-            nn.Conv2d(c1, c2, 3, bias=False),  # (B, 32, 24, 24)
-            nn.MaxPool2d(2),  # (B, 32, 12, 12)
-            nn.BatchNorm2d(c2),
-            nn.ReLU(),
+            *self.convolution(in_channels, c1),  # (B, 16, 26, 26)
+            *self.convolution(c1, c2, nn.MaxPool2d(2)),  # (B, 32, 12, 12)
             nn.Dropout2d(dropout / 2),
-            nn.Conv2d(c2, c3, 3, bias=False),  # (B, 64, 10, 10)
-            nn.BatchNorm2d(c3),
-            nn.ReLU(),
-            nn.Conv2d(c3, c4, 3, bias=False),  # (B, 64, 8, 8)
-            nn.MaxPool2d(2),  # (B, 64, 4, 4)
-            nn.BatchNorm2d(c4),
-            nn.ReLU(),
+            *self.convolution(c2, c3),  # (B, 64, 10, 10)
+            *self.convolution(c3, c4, nn.MaxPool2d(2)),  # (B, 64, 4, 4)
             nn.Dropout2d(dropout / 2),
-            nn.Conv2d(c4, c5, 3, bias=False),  # (B, 128, 2, 2)
-            nn.BatchNorm2d(c5),
-            nn.ReLU(),
+            *self.convolution(c4, c5),  # (B, 128, 2, 2)
             nn.Dropout2d(dropout / 2),
         )
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(c5 * (image_size // 4 - 5) ** 2, num_classes)
+
+    @staticmethod
+    def convolution(in_channels: int, channels: int, *pooling: nn.Module) -> list[nn.Module]:
+        # no bias before BatchNorm, which would subtract it again
+        convolution = nn.Conv2d(in_channels, channels, 3, bias=False)
+        return [convolution, *pooling, nn.BatchNorm2d(channels), nn.ReLU()]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (B, 128, 2, 2)
@@ -288,20 +266,17 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
     Raises ValueError for an unknown model and for sizes that it cannot have.
     """
     name = config.get("model")
-    num_classes = config.get("num_classes", 10)
-    in_channels = config.get("in_channels", 1)
-    image_size = config.get("image_size", 28)
-    _check_sizes(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-    sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    in_channels, image_size = config.get("in_channels", 1), config.get("image_size", 28)
+    sizes = {"num_classes": config.get("num_classes", 10), "in_channels": in_channels, "image_size": image_size}
     dropout = {"dropout": config["dropout"]} if "dropout" in config else {}
     if name == "mnistnet":
         return MNISTNet(**sizes, **dropout)
     if name == "cnn":
         return CNN(**sizes, **dropout)
     if name == "mlp":
-        return MLP(in_channels * image_size**2, 256, num_classes, **dropout)
+        return MLP(in_channels * image_size**2, 256, sizes["num_classes"], **dropout)
     if name == "simplenet":
-        return SimpleNet(in_channels * image_size**2, num_classes=num_classes)
+        return SimpleNet(in_channels * image_size**2, num_classes=sizes["num_classes"])
     if name == "fastnet":
         return FastNet(**sizes)
     if name == "smallvgg":
@@ -314,20 +289,14 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
 class EnsembleModel(nn.Module):
     """Average the predictions of several models.
 
-    For classifiers, whose logits have shape (B, C) with C >= 2, the output is the logarithm of the mean *probability*,
-    (B, C). It serves wherever logits do: `argmax` gives the class, `softmax` (or `exp`) the mean probability, and
-    `CrossEntropyLoss` or `NLLLoss` its log-loss. Averaging probabilities is the linear opinion pool (Stone, 1961); its
-    log-loss is never above the members' mean log-loss. For outputs of any other shape, such as the (B, 1) of
-    regression, the output is their mean.
-
-    Raises ValueError without models.
+    For classifiers, whose logits have shape (B, C) with C >= 2, the output is the logarithm of the mean probability,
+    (B, C), which serves wherever logits do. Its log-loss is never above the members' mean log-loss (the linear opinion
+    pool, Stone, 1961). For outputs of any other shape, such as the (B, 1) of regression, the output is their mean.
     """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
         super().__init__()
         self.models = nn.ModuleList(models)
-        if len(self.models) == 0:
-            raise ValueError("expected at least one model in the ensemble, got none")
 
     def forward(self, x: Tensor) -> Tensor:
         return _mean_prediction([model(x) for model in self.models])
@@ -337,8 +306,7 @@ class ShiftedViews(nn.Module):
     """Average the predictions of a model over nine views of each image: test-time augmentation.
 
     A view is shifted by up to 1/28 of the height in each direction, its edge pixels repeated. Input: images
-    (B, C, H, W). The output is the mean of the nine predictions as in `EnsembleModel`: for a classifier,
-    log-probabilities (B, num_classes), which serve wherever logits do.
+    (B, C, H, W). The output is the mean of the nine predictions as in `EnsembleModel`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -359,14 +327,12 @@ class ShiftedViews(nn.Module):
 class CustomLoss(nn.Module):
     """Compute the mean squared error plus `weight` times the mean absolute error: a loss is a module like any other.
 
-    Input and target have the same shape; the output is a scalar. Raises ValueError for a negative weight and for shapes
-    that differ, because (B, 1) and (B,) would broadcast to (B, B).
+    Input and target have the same shape; the output is a scalar. Raises ValueError for shapes that differ, because
+    (B, 1) and (B,) would broadcast to (B, B).
     """
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        if not weight >= 0:  # also refuses NaN
-            raise ValueError(f"expected weight >= 0, got {weight}")
         self.weight = weight
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -380,8 +346,8 @@ def init_weights(module: nn.Module) -> None:
 
     Linear: Xavier uniform (Glorot and Bengio, 2010). Convolution: Kaiming normal for ReLU, fan-out (He et al., 2015).
     Embedding: normal(0, 0.02) (Radford et al., 2018), its padding row zero. Norms: weight 1. Biases: 0. Other modules
-    stay as they are. Warns about a weight that is computed from other parameters (`torch.nn.utils.parametrizations`,
-    pruning) and leaves it alone: initialise such a layer before the parametrization.
+    stay as they are. A weight that is computed from other parameters (`torch.nn.utils.parametrizations`, pruning) stays
+    too, with a warning.
     """
     if not isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_NORMS)):
         return
@@ -428,7 +394,7 @@ def count_parameters_by_layer(model: nn.Module, verbose: bool = True) -> dict[st
 
     Shared parameters count at their first layer, so that the sum is `count_parameters(model, False)`. Parameters that
     belong to the model itself have the name "". `verbose` prints a table with the sizes in FP32 and FP16, in KB of 1000
-    bytes. Buffers, such as BatchNorm's running statistics, are not counted.
+    bytes.
     """
     counts: dict[str, int] = {}
     rows: list[tuple[str, str, int]] = []  # (layer, type, parameters), as printed
@@ -463,13 +429,12 @@ def _mean_prediction(predictions: list[Tensor]) -> Tensor:
     return outputs.mean(0)
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"expected {name} to be a positive integer, got {size!r}")
+def _check_sizes(*sizes: int) -> None:
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"expected sizes to be positive integers, got {', '.join(map(repr, sizes))}")
 
 
 def _check_image_model(num_classes: int, in_channels: int, image_size: int, smallest: int = 4) -> None:
-    _check_sizes(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    _check_sizes(num_classes, in_channels, image_size)
     if image_size % 4 or image_size < smallest:
         raise ValueError(f"expected image_size to be a multiple of 4 and at least {smallest}, got {image_size}")

@@ -6,12 +6,11 @@ This file imports nothing but torch and can be copied alone.
 from __future__ import annotations
 
 import math
-import random
 import sys
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import KW_ONLY, dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -33,6 +32,7 @@ PROBLEMS = {  # worst first, with what to do
 VERDICTS = (*PROBLEMS, "zero so far", "ok", "no gradient", "frozen")
 NUMBERS = ("mean", "std", "max", "min", "norm", "weight_norm", "grad_weight_ratio", "dead_share", "update_ratio")
 UNIT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # row i of their weights feeds output unit i
+PATIENCE = 3  # reports in a row without a gradient that make a parameter "zero" and a unit dead
 
 
 @dataclass
@@ -46,52 +46,53 @@ class History:
     began_at_zero: bool = False  # such weights may grow fast
 
 
-@dataclass(eq=False, repr=False)
 class GradientMonitor:
     """Report on the gradients of `model` and the steps of its optimizer.
 
     Without an optimizer, call `check_gradients()` or `print_gradient_report()` between backward and `zero_grad`. With
-    `optimizer`, or as `Trainer(on_step_end=[monitor])`, the monitor reports on the first three steps it sees and on
-    every `every`-th: on the gradients the optimizer used (whole windows, after unscaling and clipping) and on the
-    change they made. As a callback alone it sees the second step first. Sharded parameters: this rank's part.
+    `optimizer`, or as `Trainer(on_step_end=[monitor])`, the monitor reports on the first three steps and on every
+    `every`-th: on the gradients the optimizer used (whole windows, after unscaling and clipping) and on the change they
+    made. As a callback it sees the second step first, and prints a line to stderr when the verdict changes.
 
     The verdicts on a parameter. Those that compare with the weights look only at two and more dimensions:
         non-finite: a gradient or weight is NaN or infinite.
         too high: the step is above `max_update_ratio` of the weights' norm in the median of the last three to five
             reports, or ten times that in one. Healthy is near 1e-3, and up to 0.1 in the first steps of Adam.
-        spike: the norm is `spike` times the median of the last 100 reports (of at least 10), and above all of them.
+        spike: the norm is ten times the median of the last 100 reports (of at least 10), and above all of them.
         exploding: the norm is above `max_norm`. Off by default: a run broken by its learning rate can have smaller
-            gradients than a healthy one. Tutorials use 100, and 1e-7 for `min_norm`.
-        zero: the gradient was exactly zero in `patience` reports in a row; `zero so far` before that.
+            gradients than a healthy one. Tutorials use 100.
+        zero: the gradient was exactly zero in three reports in a row; `zero so far` before that.
         dead units: the same for at least 90% of the units of a linear or convolution layer.
-        vanishing: gradient over weight is below 1e-6 of the model's largest, or the norm is below `min_norm`.
+        vanishing: gradient over weight is below 1e-6 of the model's largest.
+
+    Attributes: `report` (the last one), `problems` (each with where it was seen first), `verdict`, `step`.
     """
 
-    model: nn.Module
-    optimizer: Optimizer | None = None
-    _: KW_ONLY
-    every: int = 10
-    max_update_ratio: float = 0.2
-    spike: float = 10.0
-    patience: int = 3
-    max_norm: float = math.inf
-    min_norm: float = 0.0
-    verbose: bool = True  # as a callback, print a line to stderr when the verdict changes
-
-    report: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)  # the last one
-    problems: dict[str, str] = field(init=False, default_factory=dict)  # where each was seen first
-    step: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.patience < 1:
-            raise ValueError(f"every and patience must be at least 1, got {self.every} and {self.patience}")
-        self._steps_seen = 0
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        every: int = 10,
+        max_update_ratio: float = 0.2,
+        max_norm: float = math.inf,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.model = model
+        self.every = every
+        self.max_update_ratio = max_update_ratio
+        self.max_norm = max_norm
+        self.report: dict[str, dict[str, Any]] = {}
+        self.problems: dict[str, str] = {}
+        self.step = 0
         self._history: dict[str, History] = {}
         self._watched: dict[str, tuple[Tensor, Tensor]] = {}  # (row, weight) by name, from before the step
         self._handles: list[Any] = []
         self._announced: set[str] = set()
-        if self.optimizer is not None:
-            self.attach(self.optimizer)
+        self.optimizer: Optimizer | None = None
+        if optimizer is not None:
+            self.attach(optimizer)
 
     def check_gradients(self) -> dict[str, dict[str, Any]]:
         """Return {parameter: record}: of the last watched step if there is one, else of the gradients there are now.
@@ -135,10 +136,8 @@ class GradientMonitor:
         """Watch the steps of `optimizer`, and of no other."""
         self.detach()
         self.optimizer = optimizer
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def detach(self) -> None:
         """Stop watching."""
@@ -152,17 +151,17 @@ class GradientMonitor:
             self.attach(trainer.optimizer)
         self.step = trainer.step
         problems = {record["verdict"] for record in self.report.values()} & PROBLEMS.keys()
-        if self.verbose and problems != self._announced:
+        if problems != self._announced:
             print(f"gradients at step {self.step}: {self.verdict}", file=sys.stderr)
         self._announced = problems
 
     def _before_step(self, *_: Any) -> None:
         self.step += 1
-        self._steps_seen += 1
         # a rate far too high shows in the first steps, and perhaps not later
-        if self._steps_seen <= 3 or self.step % self.every == 0:
-            rows, parameters = self._measure(), dict(unwrap(self.model).named_parameters())
-            self._watched = {name: (row, parameters[name].detach().clone()) for name, row in rows.items()}
+        if self.step <= 3 or self.step % self.every == 0:
+            parameters = dict(unwrap(self.model).named_parameters())
+            for name, row in self._measure().items():
+                self._watched[name] = row, parameters[name].detach().clone()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -193,7 +192,7 @@ class GradientMonitor:
             if id(parameter) in with_units:  # a unit that never fires gets no gradient: its row is zero
                 silent = grad.flatten(1).abs().amax(1) == 0  # (units,)
                 history.silent = (history.silent + 1) * silent
-                dead_share = (history.silent >= self.patience).to(grad.dtype).mean()
+                dead_share = (history.silent >= PATIENCE).to(grad.dtype).mean()
             row = [mean, std, high, low, norm, weight_norm, norm / weight_norm, dead_share, unknown]
             rows[name] = torch.stack(row).float()
         return rows
@@ -228,15 +227,15 @@ class GradientMonitor:
             usual = median(history.updates) if len(history.updates) >= 3 else 0.0
             if usual > self.max_update_ratio or update > 10 * self.max_update_ratio:
                 return "too high"
-        if len(earlier) >= 10 and norm > max(earlier) and norm > self.spike * median(earlier) > 0:
+        if len(earlier) >= 10 and norm > max(earlier) and norm > 10 * median(earlier) > 0:
             return "spike"
         if norm > self.max_norm:
             return "exploding"
         if history.zeros:
-            return "zero" if history.zeros >= self.patience else "zero so far"
+            return "zero" if history.zeros >= PATIENCE else "zero so far"
         if record["dead_share"] is not None and record["dead_share"] > 0.9 - 1e-6:  # it is float32
             return "dead units"
-        if norm < self.min_norm or (largest is not None and relative is not None and relative < 1e-6 * largest):
+        if largest is not None and relative is not None and relative < 1e-6 * largest:
             return "vanishing"
         return "ok"
 
@@ -254,14 +253,6 @@ def make_record(row: list[float] | None, trainable: bool) -> dict[str, Any]:
     return record
 
 
-def real_values(tensor: Tensor) -> Tensor:
-    """Return this rank's values as dense real numbers of at least 32 bits: half precision overflows in a norm."""
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside DDP, DataParallel, AveragedModel and torch.compile, whose names have no prefix."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
@@ -269,6 +260,20 @@ def unwrap(model: nn.Module) -> nn.Module:
     while isinstance(inner, wrappers) or hasattr(inner, "_orig_mod"):
         inner = inner.module if isinstance(inner, wrappers) else inner._orig_mod
     return inner
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor as a plain one: of a sharded one this rank's, of a sparse one all of them."""
+    tensor = tensor.detach()
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor
+
+
+def real_values(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor as real numbers of at least 32 bits: half precision overflows in a norm."""
+    tensor = dense(tensor)
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def check_nan_inf(tensor: Tensor, name: str = "tensor") -> bool:
@@ -279,36 +284,55 @@ def check_nan_inf(tensor: Tensor, name: str = "tensor") -> bool:
     return bool(text)
 
 
+def count_nonfinite(tensor: Tensor) -> str:
+    """Return how many values are not finite and where the first is, "" if none."""
+    values = dense(tensor)
+    bad = ~values.isfinite()
+    if not bad.any():
+        return ""
+    nans = int(values.isnan().sum())
+    place = f", the first at {tuple(bad.nonzero()[0].tolist())}" if bad.dim() else ""
+    return f"{nans} NaN and {int(bad.sum()) - nans} infinite of {tensor.numel()} values{place}"
+
+
 def find_nonfinite(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
-    """Replay a batch and return a line that names the module which made the first NaN or infinite value, or None.
+    """Replay a batch and return a line that names the module which made the first bad value, or None.
 
-    `run()` calls the model and returns the loss, a single number. If that is finite, its gradients are computed too, by
-    `torch.autograd.grad`: no `.grad` changes, and no other process is waited for if `run` calls the unwrapped model.
+    Bad are NaN and +inf; -inf is not, since attention masks hold it. `run()` calls the model and returns the loss, a
+    single number. If that is finite, its gradients are computed too, by `torch.autograd.grad`: no `.grad` changes, and
+    no other process is waited for if `run` calls the unwrapped model.
 
-    In the forward pass, the module is the innermost one whose outputs are worse than its inputs (infinite or NaN).
-    Values that end inside an enclosing module, such as a mask of -inf before a softmax, are taken as intended. In the
-    backward pass, it is the innermost one whose gradients are finite at its outputs and not at its inputs. A module
-    that contains others is named for what it does between them. Slow: it waits for the device at each module.
+    In the forward pass, the module is the innermost one whose outputs are bad and whose inputs are not. In the backward
+    pass, it is the innermost one whose gradients are finite at its outputs and not at its inputs. A module that
+    contains others is named for what it does between them. Slow: it waits for the device at each module.
 
-    Afterwards, buffers, modes and other attributes of the modules and the random states of torch and Python are as
-    before. Dropout draws anew, so a value that came by chance may not come again. Reentrant activation checkpointing
-    raises torch's RuntimeError in the backward pass.
+    The model's buffers and torch's random states are put back. Dropout draws anew, so a value that came by chance may
+    not come again.
     """
     inner = unwrap(model)
     parameters = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    buffers = [(buffer, buffer.clone()) for buffer in inner.buffers()]
+    devices = {parameter.device for parameter in inner.parameters() if parameter.device.type != "cpu"}
+    kind = next((device.type for device in devices), "cuda")
     # not compiled, since compiled modules call no hooks
-    with unchanged(inner), torch.compiler.set_stance("force_eager"), torch.enable_grad(), ExitStack() as hooks:
+    compiler = torch.compiler.set_stance("force_eager")
+    with ExitStack() as hooks, torch.random.fork_rng(devices, device_type=kind), compiler, torch.enable_grad():
         watch = Watch(inner, hooks)
-        loss = run()
-        if severity(loss):
-            return watch.forward_culprit()
-        if not parameters or not loss.requires_grad:
-            return None
-        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        if watch.first_bad is not None:
-            return watch.backward_culprit()
-        bad = [name for name, grad in zip(parameters, grads, strict=True) if severity(grad)]
-        return f"the gradients of {', '.join(bad[:3])} alone are not finite" if bad else None
+        try:
+            loss = run()
+            if not loss.isfinite():
+                return watch.made or f"the loss is not finite: {watch.last}"
+            if not parameters or not loss.requires_grad:
+                return None
+            grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+    if watch.first_bad is not None:
+        return watch.backward_culprit()
+    bad = [name for name, grad in zip(parameters, grads, strict=True) if count_nonfinite(grad)]
+    return f"the gradients of {', '.join(bad[:3])} alone are not finite" if bad else None
 
 
 @dataclass(eq=False)
@@ -316,34 +340,20 @@ class Call:
     """One call of a module."""
 
     who: str
-    module: nn.Module
     parent: Call | None  # the call it was made in
     inputs: str  # described
-    given: int  # severity of its inputs
-    outputs: str = ""
-    gave: int = 0  # severity of its outputs
+    given_bad: bool
     bad_gradient: bool = False  # a gradient of its outputs is not finite
-
-    def reached_outside(self) -> bool:
-        """Return whether what it gave, or worse, came out of all the calls around it."""
-        return self.parent is None or (self.parent.gave >= self.gave and self.parent.reached_outside())
-
-    def made(self) -> str:
-        """Return what this call made, and which of the module's own values may be the reason."""
-        bad = [name for name, parameter in self.module.named_parameters() if severity(parameter)]
-        bad += [name for name, buffer in self.module.named_buffers() if severity(buffer) == 2]  # -inf may be a mask
-        holding = f", which holds NaN or infinity in {', '.join(bad[:3])}," if bad else ""
-        what = "NaN" if self.gave == 2 else "infinite value"
-        return f"{self.who}{holding} made the first {what}: it was given {self.inputs} and gave {self.outputs}"
 
 
 class Watch:
-    """Record the calls of a model's modules and their gradients, until `hooks` is closed."""
+    """Watch the calls of a model's modules and their gradients, until `hooks` is closed."""
 
     def __init__(self, model: nn.Module, hooks: ExitStack) -> None:
         self.hooks = hooks
         self.open: list[Call] = []  # the calls that have not ended, outermost first
-        self.ended: list[Call] = []
+        self.made = ""  # who made the first bad value
+        self.last = "no module was called"  # what the last call was given and gave
         self.first_bad: Call | None = None  # where the first bad gradient was seen, at an input or output
         for name, module in model.named_modules():
             kind = type(module).__name__
@@ -352,16 +362,13 @@ class Watch:
             hooks.enter_context(module.register_forward_hook(self.leave))
 
     def enter(self, who: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        before = sum(call.module is module for call in self.ended)
-        who += f" in call {before + 1}" if before else ""
         given = (args, kwargs)  # described now, since the module may change them in place
-        call = Call(who, module, self.open[-1] if self.open else None, describe(given), severity(given))
+        call = Call(who, self.open[-1] if self.open else None, describe(given), is_bad(given))
         self.open.append(call)
 
         def own(value: Any) -> Any:
             """Return a view of a tensor: its gradient is this call's share of the tensor's gradient."""
-            differentiable = isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
-            if differentiable and value.layout == torch.strided:
+            if isinstance(value, Tensor) and value.requires_grad and value.layout == torch.strided:
                 value = value.view_as(value)
             self.watch_gradients(value, call, output=False)
             return value
@@ -369,35 +376,27 @@ class Watch:
         return tuple(map(own, args)), {key: own(value) for key, value in kwargs.items()}
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        while self.open[-1].module is not module:  # left by an exception that the model caught
-            self.open.pop()
         call = self.open.pop()
-        call.outputs, call.gave = describe(output), severity(output)
-        self.ended.append(call)
+        self.last = f"{call.who} was given {call.inputs} and gave {describe(output)}"
+        if is_bad(output) and not call.given_bad and not self.made:  # inner calls end before those around them
+            values = (*module.named_parameters(), *module.named_buffers())
+            bad = [name for name, value in values if is_bad(value)]
+            holding = f", which holds NaN or infinity in {', '.join(bad[:3])}," if bad else ""
+            what = f"made the first NaN or infinite value: it was given {call.inputs} and gave {describe(output)}"
+            self.made = f"{call.who}{holding} {what}"
         self.watch_gradients(output, call, output=True)
 
     def watch_gradients(self, value: Any, call: Call, output: bool) -> None:
         """Note a gradient that is not finite. Hooks of tensors do so: those of modules forbid changes in place."""
 
         def look(grad: Tensor) -> None:
-            if severity(grad):
+            if count_nonfinite(grad):
                 self.first_bad = self.first_bad or call
                 call.bad_gradient = call.bad_gradient or output
 
         for tensor in tensors(value):
             if tensor.requires_grad:
                 self.hooks.enter_context(tensor.register_hook(look))
-
-    def forward_culprit(self) -> str:
-        """Return who made the first NaN, and who made an infinite value before it."""
-        culprits: dict[int, Call] = {}
-        for call in self.ended:  # inner ones end before those around them
-            if call.gave > max([call.given, *culprits]) and call.reached_outside():
-                culprits[call.gave] = call
-        if culprits:
-            return "; then ".join(call.made() for call in culprits.values())
-        last = "".join(f": {call.who} was given {call.inputs} and gave {call.outputs}" for call in self.ended[-1:])
-        return f"the loss is not finite{last}"
 
     def backward_culprit(self) -> str:
         """Return who made the first bad gradient: the innermost call around it whose outputs have finite gradients."""
@@ -409,31 +408,6 @@ class Watch:
         return f"{call.who} made the first gradient that is not finite; in the forward pass it was given {call.inputs}"
 
 
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back, at the end, the attributes of all modules (buffers and modes among them) and the random states."""
-    dictionaries: list[dict] = []
-    for module in model.modules():
-        tables = [value for value in vars(module).values() if type(value) in (dict, OrderedDict)]
-        dictionaries += [vars(module), *tables]
-    contents = [dict(dictionary) for dictionary in dictionaries]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
-    kind = next((device.type for device in devices), "cuda")
-    python_state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices, device_type=kind):
-            yield
-    finally:
-        random.setstate(python_state)
-        for dictionary, content in zip(dictionaries, contents, strict=True):
-            dictionary.clear()
-            dictionary.update(content)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
 def tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
@@ -443,40 +417,16 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def stored_values(tensor: Tensor) -> Tensor:
-    """Return the values of a tensor, of a sparse one those it stores."""
-    tensor = tensor.detach()
-    if tensor.layout == torch.strided:
-        return tensor
-    return (tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor).values()
-
-
-def severity(value: Any) -> int:
-    """Return 2 if a tensor in `value` holds NaN, 1 if one holds an infinity, else 0."""
-    worst = 0
-    for tensor in tensors(value):
-        values = stored_values(tensor)
-        if not values.isfinite().all():
-            worst = max(worst, 2 if values.isnan().any() else 1)
-    return worst
-
-
-def count_nonfinite(tensor: Tensor) -> str:
-    """Return how many values are not finite and where the first is, "" if none."""
-    values = stored_values(tensor)
-    bad = ~values.isfinite()
-    if not bad.any():
-        return ""
-    nans = int(values.isnan().sum())
-    place = f", the first at {tuple(bad.nonzero()[0].tolist())}" if tensor.layout == torch.strided and bad.dim() else ""
-    return f"{nans} NaN and {int(bad.sum()) - nans} infinite of {tensor.numel()} values{place}"
+def is_bad(value: Any) -> bool:
+    """Return whether a tensor in `value` holds NaN or +inf."""
+    return any(bool((values.isnan() | values.isposinf()).any()) for values in map(real_values, tensors(value)))
 
 
 def describe(value: Any) -> str:
     """Return shape, type and range of each tensor in `value`, or what is not finite in it."""
     texts = []
     for tensor in tensors(value):
-        text, values = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}", stored_values(tensor)
+        text, values = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}", dense(tensor)
         if bad := count_nonfinite(tensor):
             text += f" with {bad}"
         elif values.numel() and values.is_floating_point():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,10 +29,8 @@ def warmup_cosine_scheduler(optimizer: Optimizer, warmup_iters: int, total_iters
     After t of the T steps that follow the warm-up the rate is (1 + cos(πt/T)) / 2 times the optimizer's own (SGDR,
     arXiv:1608.03983, without restarts). It carries `scheduler_interval = "step"` too.
     """
-    if not 0 <= warmup_iters <= total_iters or total_iters < 1:
-        raise ValueError(
-            f"need 0 <= warmup_iters <= total_iters and total_iters >= 1, got {warmup_iters} and {total_iters}"
-        )
+    if not 0 <= warmup_iters <= total_iters:
+        raise ValueError(f"need 0 <= warmup_iters <= total_iters, got {warmup_iters} and {total_iters}")
 
     def factor(step: int) -> float:
         if step < warmup_iters:
@@ -68,14 +65,11 @@ def param_groups(
     if not trainable:
         raise ValueError("no parameter requires a gradient; unfreeze at least one layer")
     groups = []
-    for of_head in (False, True):
+    for of_head, rate in ((False, {}), (True, {"lr": head_lr})):
         for decayed in (True, False):
             params = [p for p in trainable if (id(p) in in_head) == of_head and (p.dim() > 1) == decayed]
-            group: dict[str, Any] = {"params": params, "weight_decay": weight_decay if decayed else 0.0}
-            if of_head:
-                group["lr"] = head_lr
             if params:
-                groups.append(group)
+                groups.append({"params": params, "weight_decay": weight_decay if decayed else 0.0, **rate})
     return groups
 
 
@@ -83,9 +77,9 @@ def averaged_copy(model: nn.Module, decay: float) -> AveragedCopy:
     """Return a copy of `model` that holds an exponential moving average of its weights and buffers.
 
     Call `update_parameters(model)` after each optimizer step. The decay of the t-th update is min(decay, 1 - 2/(t+1)):
-    the first copies, and until `decay` is reached (0.999 after 1,999 updates) later weights count in proportion to
-    their number, so that the random start is soon forgotten. With 0.999 throughout it would still be two thirds of the
-    average after 400. (The rise is the polynomial-decay averaging of Shamir and Zhang, arXiv:1212.1824, with η = 1.)
+    the first copies, and later weights count more, so that the random start is soon forgotten. With 0.999 throughout it
+    would still be two thirds of the average after 400 updates. (Until `decay` is reached this is the polynomial-decay
+    averaging of Shamir and Zhang, arXiv:1212.1824, with η = 1.)
     """
     if not 0 < decay < 1:
         raise ValueError(f"the decay of averaged weights must lie between 0 and 1, got {decay}")
@@ -95,11 +89,9 @@ def averaged_copy(model: nn.Module, decay: float) -> AveragedCopy:
 class AveragedCopy(nn.Module):
     """Averages of a model, with the interface of torch's AveragedModel, whose own update knows no rising decay.
 
-    `module` is the averaged model; call it, or this, to predict. `state_dict` holds the number of updates beside it.
-
-    Buffers are averaged too, so that BatchNorm's statistics belong to the weights beside them. They are matched by
-    name: one that appears or changes its shape is taken over as it is. Integers are copied, and so are the elements
-    whose average is not finite, as in a mask of infinities.
+    `module` is the averaged model; call it, or this, to predict. Buffers are averaged too, so that BatchNorm's
+    statistics belong to the weights beside them. They are matched by name: one that appears or changes its shape is
+    taken over as it is. Integers are copied, and so are elements whose average is not finite, as in a mask of -inf.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -115,10 +107,9 @@ class AveragedCopy(nn.Module):
     def update_parameters(self, model: nn.Module) -> None:
         """Move the averages towards `model`, the bare one: without DDP or another wrapper around it."""
         self.updates += 1
-        buffers = list(self._matched_buffers(model))
-        pairs = [*zip(self.module.parameters(), model.parameters(), strict=True), *buffers]
+        buffers = self._matched_buffers(model)
         averages, values = [], []
-        for own, new in pairs:
+        for own, new in [*zip(self.module.parameters(), model.parameters(), strict=True), *buffers]:
             if self.updates > 1 and (own.is_floating_point() or own.is_complex()):
                 averages.append(own)
                 values.append(new.to(own))
@@ -131,16 +122,18 @@ class AveragedCopy(nn.Module):
             if own.is_floating_point():
                 own.copy_(torch.where(own.isfinite(), own, new.to(own)))
 
-    def _matched_buffers(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (own buffer, `model`'s) by name, after taking over those that are new here or have another shape."""
+    def _matched_buffers(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Return (own buffer, `model`'s) by name, after taking over those that are new here or have another shape."""
         own_buffers = dict(self.module.named_buffers())
+        pairs = []
         for name, new in model.named_buffers():
             own = own_buffers.get(name)
             if own is None or own.shape != new.shape:
                 parent, _, leaf = name.rpartition(".")
                 own = new.clone()
                 self.module.get_submodule(parent).register_buffer(leaf, own, persistent=name in model.state_dict())
-            yield own, new
+            pairs.append((own, new))
+        return pairs
 
     def get_extra_state(self) -> int:
         """Return the number of updates, for `state_dict`."""
