@@ -126,9 +126,11 @@ def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[t
 
     A TensorLoader gives each process its part of every batch. Of a sharded model every process judges everything.
     """
-    # Rank 0 downloads the data, or decides that it must be drawn; then the others read what it has found.
-    name, notice = distributed.on_main(lambda: tb.load_splits(args.dataset, args.data_dir, seed=args.seed)[3:])
-    train, val, test, _, _ = tb.load_splits(name, args.data_dir, val_size=5000, seed=args.seed)
+    # One process of a machine downloads, while the others wait for its lock.
+    train, val, test, name, notice = tb.load_splits(args.dataset, args.data_dir, val_size=5000, seed=args.seed)
+    names = distributed.gather_objects(name)
+    if len({*names}) > 1:
+        raise ValueError(f"the processes found different data: {', '.join(names)}; choose one with --dataset")
     mean, std = tb.channel_statistics(train.inputs)
     if name == "mnist":
         mean, std = (0.1307,), (0.3081,)  # of all 60,000 training images
