@@ -1,4 +1,4 @@
-"""The README is true: its programs run, its commands parse, and its figures and lists are those of the code."""
+"""README and docs are true: their programs and commands run, and their figures and lists are those of the code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import os
 import re
 import shlex
 import tempfile
+import types
 import unittest
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,10 +19,12 @@ import torch
 from torch import nn
 
 import torchbasics as tb
+from torchbasics.data import Images, Splits
 
 from .common import ROOT, SCRIPTS, load_script, run_main
 from .test_package import ALONE, MODULES, all_siblings
 
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -39,6 +43,9 @@ class Readme(unittest.TestCase):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             for block in blocks:
                 exec(block, names)
+            logged: list[dict[str, float]] = []
+            names["wandb"] = types.SimpleNamespace(log=lambda values, step: logged.append(values))
+            names["trainer"].fit(names["train_loader"], names["val_loader"], num_epochs=3)
             images = names["images"][:200]
             model = nn.Sequential(nn.Flatten(), nn.Linear(784, 784), nn.Unflatten(1, (1, 28, 28)))
             loader = tb.TensorLoader(images, torch.zeros(200), batch_size=50)
@@ -46,21 +53,36 @@ class Readme(unittest.TestCase):
             losses = trainer.fit(loader, loader, num_epochs=2)["val_loss"]
         self.assertLess(names["history"]["val_loss"][-1], math.log(10))  # better than guessing
         self.assertLess(losses[1], losses[0])
-        self.assertEqual(out.getvalue().count("\n"), 2 + 2)  # a line for each epoch
+        self.assertEqual(out.getvalue().count("\n"), 3 + 2)  # a line for each epoch
+        self.assertEqual([values["val_loss"] for values in logged], names["history"]["val_loss"][2:])
         self.assertEqual(os.listdir(), [])
 
-    def test_its_commands_have_options_that_the_scripts_know(self) -> None:
-        commands = re.findall(r"\bscripts/(\w+)\.py((?: +-[^`\n]*)?)", README)
+    def test_commands_of_the_pages_run(self) -> None:
+        """With few drawn digits and two batches an epoch; those for several processes are parsed only."""
+        images, labels = tb.draw_digits(400)
+        part = Images(images, labels, tuple("0123456789"))
+        pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *DOCS))
+        commands = re.findall(r"^    .*\bscripts/(\w+)\.py(.*)$", pages, re.M)
         self.assertLessEqual({"train_mnist", "train_ddp"}, {name for name, _ in commands})
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         for name, options in dict.fromkeys(commands):
             words = shlex.split(options)
-            with self.subTest(name, words=words):
-                # What stands before --help is checked first. (`record` of torchrun wants a real stderr.)
-                with mock.patch("faulthandler.enable"):
-                    code, text, err = run_main(load_script(name).main, *words, "--help")
-                self.assertEqual((code, err), (0, ""))
-                known = set(re.findall(r"--[\w-]+", text))
-                self.assertLessEqual({word for word in words if word.startswith("--")}, known)
+            with self.subTest(name, words=words), mock.patch("faulthandler.enable"):  # `record` wants a real stderr
+                script = load_script(name)
+                few = ["--epochs", "1", "--limit-batches", "2", "--model", "simplenet", "--batch-size", "32"]
+                with mock.patch.object(tb, "load_splits", lambda *_, **__: Splits(part, part, part, "digits", "")):
+                    if name == "train_ddp":
+                        self.assertEqual(run_main(script.main, *words, "--help")[0], 0)
+                        continue
+                    if "--resume" in words:
+                        run = words[words.index("--resume") + 1]
+                        self.assertEqual(run_main(script.main, *few, "--output", run)[::2], (0, ""))
+                        few = []
+                    self.assertEqual(run_main(script.main, *words, *few)[::2], (0, ""))
+        for one, other in re.findall(r"^    diff (\S+) (\S+)$", pages, re.M):
+            self.assertEqual(*[Path(path).read_text(encoding="utf-8") for path in (one, other)])
+
+    def test_every_option_that_is_named_exists(self) -> None:
         sources = [path.read_text(encoding="utf-8") for path in (*SCRIPTS.glob("*.py"), *MODULES.values())]
         for option in set(re.findall(r"`(?:python \S+ )?(--\w[\w-]*)", README)):
             self.assertTrue(option == "--help" or any(f'"{option}"' in source for source in sources), option)
@@ -82,10 +104,10 @@ class Readme(unittest.TestCase):
 
 class Files(unittest.TestCase):
     def test_links_lead_to_files_that_exist(self) -> None:
-        for page in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
-            text = (ROOT / page).read_text(encoding="utf-8")
+        for page in (*ROOT.glob("*.md"), *DOCS):
+            text = page.read_text(encoding="utf-8")
             for link in re.findall(r"\]\(([^)#]+)", text):
-                self.assertTrue(link.startswith("https://") or (ROOT / link).exists(), (page, link))
+                self.assertTrue(link.startswith("https://") or (page.parent / link).exists(), (page, link))
         self.assertIn("## [Unreleased]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
 
 if __name__ == "__main__":

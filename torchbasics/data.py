@@ -74,8 +74,8 @@ def load_splits(
 ) -> Splits:
     """Load training, validation and test images; `val_size` random training images are held out for validation.
 
-    `auto` is MNIST, or drawn digits if no file of it is there or can be downloaded; the notice then says so. With
-    several processes, let one decide and give its `Splits.name` to the others. Raises what `load_images` raises.
+    `auto` is MNIST, or drawn digits if no file of it is there or can be downloaded; the notice then says so. Of
+    several processes that call it at once, one downloads and the others wait. Raises what `load_images` raises.
     """
     name, notice = _choose(name, data_dir)
     full = load_images(name, data_dir)
