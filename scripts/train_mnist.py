@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import os
 import shlex
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 import torchbasics as tb
 from torchbasics import cli
+from torchbasics.device import busy_cores, cpu_seconds
 from torchbasics.report import Judgement, Report, count_shared
 
 # Augmentation of the training images, at random for each: degrees, share of the size, share of the size.
@@ -272,7 +274,7 @@ def judge(args: argparse.Namespace, trainer: tb.Trainer, best: Path, loader: Any
 
 
 def main(argv: list[str] | None = None) -> int:
-    began = time.monotonic()
+    began, load = time.monotonic(), cpu_seconds()
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = tb.pick_device(args.device)
@@ -314,6 +316,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{notice}\n{facts['dataset']}: {' + '.join(sizes)} images for training, validation and test; "
                   f"{type(model).__name__}, {tb.count_parameters(model):,} parameters; "
                   f"{tb.device_name(device)}; {trainer.precision}".strip())  # fmt: skip
+            if device.type == "cpu":
+                print_load(args, busy_cores(load))
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
         report = Report(  # for loaders other than TensorLoader leave `samples` and `shared` out
             run.path, run.info, trainer, defaults=vars(make_parser().parse_args([])), samples=next(iter(train_loader)),
@@ -333,6 +337,14 @@ def main(argv: list[str] | None = None) -> int:
             return 128 + stop.signum
         print_result(args, result, report)
     return 0
+
+
+def print_load(args: argparse.Namespace, busy: float) -> None:
+    """Say so if other programs use the cores that this one would need: its threads wait for the slowest of them."""
+    cores = os.cpu_count() or 1
+    free = max(1, int(cores - busy + 0.5))
+    if free < args.threads and busy > cores - args.threads + 0.4:
+        print(f"note: other programs use {busy:.1f} of {cores} cores; --threads {free} would be faster now")
 
 
 def print_result(args: argparse.Namespace, result: dict[str, Any], report: Report) -> None:

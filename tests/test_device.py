@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import platform
 import random
@@ -22,8 +23,10 @@ from torchbasics import device as devices
 from torchbasics.device import (
     autocast,
     bf16_is_native,
+    busy_cores,
     cache_cpu_memory,
     check_pytorch_environment,
+    cpu_seconds,
     device_name,
     pick_device,
     pick_precision,
@@ -114,9 +117,19 @@ class Precision(unittest.TestCase):
             ({}, "fp32"),
         ):
             cpu = types.SimpleNamespace(get_capabilities=lambda found=found: found)
-            with self.subTest(found), mock.patch.object(torch, "cpu", cpu):
+            wide = mock.patch("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+            with self.subTest(found), mock.patch.object(torch, "cpu", cpu), wide:
                 self.assertEqual(pick_precision(), expected)
                 self.assertEqual(pick_precision("auto", CPU), expected)
+
+    def test_auto_is_not_bf16_on_a_cpu_restricted_to_avx2(self) -> None:
+        cpu = types.SimpleNamespace(get_capabilities=lambda: {"avx512_bf16": True, "amx_bf16": True})
+        for capability, native in (("AVX512", True), ("AVX2", False), ("DEFAULT", False)):
+            with (
+                mock.patch("torch.cpu", cpu),
+                mock.patch("torch.backends.cpu.get_cpu_capability", lambda found=capability: found),
+            ):
+                self.assertEqual(bf16_is_native(torch.device("cpu")), native, capability)
 
     def test_emulated_bf16_on_a_gpu_is_not_native(self) -> None:
         with mock.patch.object(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation):
@@ -135,6 +148,24 @@ class Precision(unittest.TestCase):
             with autocast(CPU, precision):
                 self.assertEqual((a @ a).dtype, dtype)
         self.assertEqual((a @ a).dtype, torch.float32)
+
+
+class Load(unittest.TestCase):
+    def test_what_other_programs_use_counts_but_not_this_one_nor_those_that_give_way(self) -> None:
+        tick = os.sysconf("SC_CLK_TCK")
+        readings = [f"cpu  {user * tick} {nice * tick} {system * tick} 7 7\n" for user, nice, system in
+                    ((100, 50, 30), (106, 90, 32))]  # fmt: skip
+        with (
+            mock.patch.object(devices, "open", lambda *_, **__: io.StringIO(readings.pop(0)), create=True),
+            mock.patch.object(devices.time, "monotonic", iter((5.0, 9.0)).__next__),
+            mock.patch.object(devices.time, "process_time", iter((1.0, 3.0)).__next__),
+        ):
+            since = cpu_seconds()
+            self.assertEqual(busy_cores(since), (6 + 2 - 2) / 4)
+
+    def test_where_the_system_does_not_tell_nobody_is_busy(self) -> None:
+        with mock.patch.object(devices, "open", mock.Mock(side_effect=FileNotFoundError), create=True):
+            self.assertEqual(busy_cores(cpu_seconds()), 0.0)
 
 
 class CpuMemory(unittest.TestCase):

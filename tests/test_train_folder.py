@@ -333,7 +333,7 @@ class Resume(FolderCase):
             for path, content in files.items():
                 path.write_bytes(content[:100])
 
-        for workers in (0, 2):  # with 2 some of the epoch is read ahead, and it may be the validation that meets the files
+        for workers in (0, 2):  # with 2 some batches are read ahead
             with after_step(1, damage):
                 run = f"a{workers}"
                 line = self.refused("photos", *SMALL, "--output", run, "--workers", workers, text="--resume", code=1)

@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,8 +51,31 @@ def bf16_is_native(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, ARM
+        if found.get("bf16", False):  # ARM
+            return True
+        wide = torch.backends.cpu.get_cpu_capability() == "AVX512"  # not if ATEN_CPU_CAPABILITY=avx2 forbids it
+        return wide and (found.get("avx512_bf16", False) or found.get("amx_bf16", False))
     return device.type == "xpu"
+
+
+def cpu_seconds() -> tuple[float, float, float]:
+    """Return seconds: the time, what all programs have computed on all cores, and what this process has.
+
+    The second is known on Linux only, and 0 elsewhere. Programs that give way to others (`nice`) do not count.
+    """
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            _, user, _, system, *_ = file.readline().split()
+        everything = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        everything = 0.0
+    return time.monotonic(), everything, time.process_time()
+
+
+def busy_cores(since: tuple[float, float, float]) -> float:
+    """Return how many cores other programs have used on average `since` an earlier `cpu_seconds()`, 0.0 if unknown."""
+    seconds, everything, own = (now - before for now, before in zip(cpu_seconds(), since, strict=True))
+    return max(everything - own, 0.0) / max(seconds, 0.1)
 
 
 def pick_precision(name: str = "auto", device: torch.device | str = "cpu") -> str:
