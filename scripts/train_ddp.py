@@ -10,6 +10,9 @@ Several machines, the same line on each; the data and --output lie where all of 
 
 --batch-size is that of all processes together, so the batches are the same with any number of them. A job that
 torchrun restarts continues from its last checkpoint. Plain `python scripts/train_ddp.py` is one process.
+
+What train_mnist.py has and this script leaves out for brevity: presets, other optimizers and schedules, --init-from,
+--tta, --compile, --patience, TensorBoard and dry runs.
 """
 
 from __future__ import annotations
@@ -115,14 +118,15 @@ def resumed_args(args: argparse.Namespace, argv: list[str] | None) -> argparse.N
     merged = parser.parse_args(argv)
     for name, before in saved.items():
         now = getattr(merged, name)
-        if name not in FREE_ON_RESUME and now != before:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {now} differs from the run's {before}; leave it out, or start a new run")
+        if name in FREE_ON_RESUME or now == before:
+            continue
+        option = "--" + name.replace("_", "-")
+        raise ValueError(f"{option} {now} differs from the run's {before}; leave it out, or start a new run")
     return merged
 
 
-def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[tb.TensorLoader], dict[str, Any], str]:
-    """Return loaders for training, validation and test, the facts a model needs, and a notice for the user.
+def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[Any], dict[str, Any], str]:
+    """Return loaders for training, validation and test, facts about the data, and a notice for the user.
 
     A TensorLoader gives each process its part of every batch. Of a sharded model every process judges everything.
     """
