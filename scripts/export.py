@@ -15,17 +15,14 @@ import contextlib
 import copy
 import importlib
 import importlib.util
-import inspect
 import io
 import json
 import logging
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision import models
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 import torchbasics as tb
@@ -44,8 +41,7 @@ EXACT, ROUGH = 1e-4, 0.3  # largest difference, as a share of the largest output
 SAME_CLASS = 0.98  # smallest share of images to which an int8 file must give the model's class
 DRAWN = 2000  # drawn digits to compare on
 CALIBRATION = 512  # training images from which int8-static takes the ranges of activations
-PATIENCE = 900  # seconds for the process that checks a file
-ROW = "{:<13}{:>9}{:>12}{:>12}{:>10}{:>9}{:>9}"  # of the table
+ROW = "{:<13}{:>9}{:>12}{:>12}{:>10}{:>9}"  # of the table
 
 
 class Data(NamedTuple):
@@ -167,55 +163,39 @@ def python_lines(file: Path, example: Tensor) -> list[str]:
     return lines
 
 
-def median_time(call: Callable[[], object]) -> float:
-    """Return the median seconds of 30 calls, or of as many as fit into 2 seconds."""
-    seconds: list[float] = []
-    while len(seconds) < 30 and sum(seconds) < 2:
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
 # What the fresh process runs: the four lines, with each batch in place of the third.
-CHECK = f"""
-from __future__ import annotations
-import json, statistics, sys, time, torch
+CHECK = """
+import json, sys, torch
+from torch.utils.benchmark import Timer
 
-{inspect.getsource(median_time)}
 def run(batch):
     variables["inputs"] = batch.numpy() if "numpy" in first else batch
     exec(call, variables)
     return torch.as_tensor(variables["outputs"])
 
 first, load, _, call = json.loads(sys.argv[1])
-batches, variables = torch.load("batches", weights_only=True), {{}}
+batches, variables = torch.load("batches", weights_only=True), {}
 exec(first, variables)
-start = time.perf_counter()
 exec(load, variables)
-load_time = time.perf_counter() - start
 with torch.no_grad():
     torch.save([run(batch) for batch in batches], "outputs")
-    print(json.dumps([load_time, median_time(lambda: run(batches[0]))]))
+    timer = Timer("run(batches[0])", globals=globals(), num_threads=torch.get_num_threads())
+    print(timer.blocked_autorange().median)
 """
 
 
-def run_fresh(lines: list[str], batches: list[Tensor], folder: Path) -> tuple[list[Tensor], float, float]:
-    """Run the four `lines` on each batch in a fresh process; return the outputs, and seconds for loading and a call.
+def run_fresh(lines: list[str], batches: list[Tensor], folder: Path) -> tuple[list[Tensor], float]:
+    """Run the four `lines` on each batch in a fresh process; return the outputs, and the seconds of a call.
 
     The process starts in `folder`, through which the batches and outputs pass. Raises RuntimeError if it fails.
     """
     torch.save([batch.clone() for batch in batches], folder / "batches")  # a view would be saved with its whole
-    try:
-        done = subprocess.run([sys.executable, "-c", CHECK, json.dumps(lines)], cwd=folder, timeout=PATIENCE,
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"did not finish within {PATIENCE} seconds in a fresh process") from None
+    done = subprocess.run([sys.executable, "-c", CHECK, json.dumps(lines)], cwd=folder,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)  # fmt: skip
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise RuntimeError(f"does not run in a fresh process: {reason}")
-    load_time, call_time = json.loads(done.stdout.splitlines()[-1])
-    return torch.load(folder / "outputs", weights_only=True), load_time, call_time
+    return torch.load(folder / "outputs", weights_only=True), float(done.stdout.splitlines()[-1])
 
 
 def compare(outputs: Tensor, expected: Tensor) -> tuple[float, float | None]:
@@ -227,11 +207,11 @@ def compare(outputs: Tensor, expected: Tensor) -> tuple[float, float | None]:
         return math.nan, None
     difference = (outputs.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12)
     is_classifier = expected.dim() == 2 and expected.shape[1] > 1
-    return float(difference), share(outputs.argmax(1) == expected.argmax(1)) if is_classifier else None
+    return float(difference), accuracy(outputs, expected.argmax(1)) if is_classifier else None
 
 
-def share(flags: Tensor) -> float:
-    return float(flags.double().mean())
+def accuracy(outputs: Tensor, targets: Tensor | None) -> float | None:
+    return None if targets is None else float((outputs.argmax(1) == targets).double().mean())
 
 
 def load_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
@@ -244,10 +224,14 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
                          "or give --model")  # fmt: skip
     if args.model and ":" in args.model:
         model = load_own(args.model)
-    elif name in models.list_models(module=models):  # of train_folder
-        model = models.get_model(name, weights=None, num_classes=metadata.get("num_classes", 1000))
-    else:
+    elif name in tb.MODELS:
         model = tb.make_model(metadata | {"model": name})
+    else:  # of train_folder
+        from torchvision import models
+
+        if name not in models.list_models(module=models):
+            raise ValueError(f"--model {name}: not one of ours or torchvision's; give module:callable")
+        model = models.get_model(name, weights=None, num_classes=metadata.get("num_classes", 1000))
     if checkpoint:
         try:
             model.load_state_dict(checkpoint.get("model_state_dict", checkpoint))
@@ -311,7 +295,7 @@ def split(inputs: Tensor) -> list[Tensor]:
 
 
 def run_model(model: nn.Module, batches: list[Tensor]) -> Tensor:
-    """Return the model's outputs (N, …); raise ValueError if it cannot take the batches, or gives no finite tensor."""
+    """Return the model's outputs (N, …); raise ValueError if it cannot take the batches, or gives no tensor."""
     try:
         with torch.no_grad():
             outputs = [model(batch) for batch in batches]
@@ -321,8 +305,6 @@ def run_model(model: nn.Module, batches: list[Tensor]) -> Tensor:
                          "see --input-shape and --input-dtype") from error  # fmt: skip
     if not all(isinstance(part, Tensor) for part in outputs):
         raise ValueError(f"the model returns a {type(outputs[0]).__name__}; export a module that returns one tensor")
-    if not all(part.isfinite().all() for part in outputs):
-        raise ValueError("the model's own outputs are not finite, so nothing can be compared with them")
     return torch.cat(outputs)
 
 
@@ -351,7 +333,7 @@ def export_one(name: str, job: Job, expected: Tensor) -> list[str]:
             if type(error) in (ValueError, cli.MissingExtra):  # ours, not one of torch's subclasses
                 raise
             raise RuntimeError(f"torch cannot make it of this model ({describe(error)})") from error
-        parts, load_time, call_time = run_fresh(python_lines(file, job.example), batches, file.parent)
+        parts, call_time = run_fresh(python_lines(file, job.example), batches, file.parent)
         outputs = torch.cat(parts)
         difference, same = compare(outputs, expected if other is None else run_model(other, batches))
         wrong_class = made.limit == ROUGH and data.kind != "noise" and same is not None and same < SAME_CLASS
@@ -359,8 +341,7 @@ def export_one(name: str, job: Job, expected: Tensor) -> list[str]:
             raise RuntimeError(f"differs from the model by {difference:.2g} of the largest output, "
                                f"gives the same class to {percent(same)}; not kept")  # fmt: skip
         print(ROW.format(name, f"{file.stat().st_size / 1e6:.2f}", f"{difference:.1e}", percent(same),
-                         percent(accuracy(outputs, data.targets)), f"{1000 * load_time:.0f}",
-                         f"{1000 * call_time:.2f}"), flush=True)  # fmt: skip
+                         percent(accuracy(outputs, data.targets)), f"{1000 * call_time:.2f}"), flush=True)  # fmt: skip
         os.replace(file, output / made.file)
     return python_lines(output / made.file, job.example)
 
@@ -372,10 +353,6 @@ def describe(error: Exception) -> str:
     if type(error).__name__ == "GuardOnDataDependentSymNode":
         return "which branch it takes depends on the values of its inputs: use torch.where or torch.cond"
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def accuracy(outputs: Tensor, targets: Tensor | None) -> float | None:
-    return None if targets is None else share(outputs.argmax(1) == targets)
 
 
 def percent(value: float | None) -> str:
@@ -429,11 +406,13 @@ def main(argv: list[str] | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
 
     print(f"compared on {len(data.inputs):,} {data.kind}; a difference is a share of the largest output")
-    print(ROW.format("format", "MB", "difference", "same class", "accuracy", "load ms", "call ms"))
+    print(ROW.format("format", "MB", "difference", "same class", "accuracy", "call ms"))
     size = sum(value.nbytes for value in model.state_dict().values() if isinstance(value, Tensor))
     with torch.no_grad():
-        call_time = median_time(lambda: model(data.inputs[:1]))
-    print(ROW.format("model", f"{size / 1e6:.2f}", "-", "-", percent(accuracy(expected, data.targets)), "-",
+        variables = {"model": model, "inputs": data.inputs[:1]}
+        timer = Timer("model(inputs)", globals=variables, num_threads=torch.get_num_threads())
+        call_time = timer.blocked_autorange().median
+    print(ROW.format("model", f"{size / 1e6:.2f}", "-", "-", percent(accuracy(expected, data.targets)),
                      f"{1000 * call_time:.2f}"), flush=True)  # fmt: skip
     texts, codes = [], [0]
     for name in args.format:

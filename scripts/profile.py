@@ -10,7 +10,7 @@ overhead          half the batch takes at least 80% of the time: the rest is sta
 compute           at least half of the operators' time goes into matrix products, convolutions and attention
 memory-bound      it does not: most operators only read and write memory
 
-It trains AdamW on digits that it draws, on random images of another --input-shape, or on the batches of --loader.
+It trains AdamW on the batches of --loader, or on random inputs of --input-shape, which take no time to load.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ from typing import Any, NamedTuple
 # This file hides the standard library's `profile`, which cProfile imports, and torch imports cProfile. Whoever imports
 # `profile` gets the real module.
 if __name__ == "profile":
-    places = [sysconfig.get_path("stdlib"), *(place for place in sys.path if place.endswith(".zip"))]
-    spec = importlib.machinery.PathFinder.find_spec(__name__, places)
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError(f"No module named {__name__!r} in the standard library", name=__name__)
+    spec: Any = importlib.machinery.PathFinder.find_spec(__name__, [sysconfig.get_path("stdlib")])
     sys.modules[__name__] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[__name__])
 else:
@@ -120,15 +117,10 @@ def time_repeats(work: Work, batches: Iterator, steps: int) -> list[float]:
     return [time_steps(work, batches, steps) for _ in range(REPEATS)]
 
 
-def spread(times: list[float]) -> float:
-    """Return by what share the longest time exceeds the shortest."""
-    return max(times) / min(times) - 1
-
-
-def report_busy(largest_spread: float) -> None:
-    """Say so if passes that should take equally long did not."""
-    if largest_spread > BUSY:
-        print(f"the machine is busy: one pass took {largest_spread:.0%} longer than another; measure again later")
+def busy(*passes: list[float]) -> str:
+    """Return a warning if passes that should take equally long did not, else an empty string."""
+    largest = max(max(times) / min(times) - 1 for times in passes)
+    return f"the machine is busy: one pass took {largest:.0%} longer than another" if largest > BUSY else ""
 
 
 def time_phases(work: Work, batches: Iterator, steps: int) -> dict[str, float]:
@@ -184,10 +176,10 @@ def time_modules(work: Work, batch: Any, steps: int) -> tuple[dict[str, float], 
     return seconds, step
 
 
-def trace(work: Work, batches: Iterator, path: Path) -> list[dict[str, Any]]:
-    """Write a Chrome trace of TRACED steps; return name, calls and own seconds per step of each operator.
+def time_operators(work: Work, batches: Iterator, trace: str | None) -> list[tuple[str, float, float]]:
+    """Return (name, calls, own seconds) of each operator per step, the longest first; write a Chrome trace.
 
-    The longest comes first. Seconds are the accelerator's, or the CPU's if there is none.
+    Seconds are the accelerator's, or the CPU's if there is none.
     """
     on_cpu = work.device.type == "cpu"
     activities = [ProfilerActivity.CPU]
@@ -197,37 +189,37 @@ def trace(work: Work, batches: Iterator, path: Path) -> list[dict[str, Any]]:
         for _ in range(TRACED):
             train_step(work, batches, lambda name: record_function(f"step.{name}"))
         synchronize(work.device)
-    profiler.export_chrome_trace(str(path))
+    if trace:
+        profiler.export_chrome_trace(trace)
     rows = []
     for row in profiler.key_averages():
         if row.device_type == torch.autograd.DeviceType.CPU and not row.is_user_annotation:
             own = row.self_cpu_time_total if on_cpu else row.self_device_time_total  # µs
-            rows.append({"operator": row.key, "calls": row.count / TRACED, "seconds": own / 1e6 / TRACED})
-    return sorted(rows, key=lambda row: -row["seconds"])
+            rows.append((row.key, row.count / TRACED, own / 1e6 / TRACED))
+    return sorted(rows, key=lambda row: -row[2])
 
 
-def verdict(measured: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str, str]:
+def verdict(
+    step: float, bare: float, half: float | None, split: dict[str, float], products: float, options: dict[str, Any]
+) -> tuple[str, str, str]:
     """Return (what bounds the step, the figure that shows it, what to change), by the rules at the top of this file.
 
-    `measured`: `step`, `step_without_loading` and `step_of_half` (None if not measured) in seconds, not synchronised;
-    `split`, the seconds of each phase; `products`, their share of the operators' time. `settings`: `precision`,
-    `bf16_is_native`, `compile`, `batch_size`.
+    `step`, `bare` (without loading) and `half` (of the batch; None if not measured) are seconds, not synchronised.
+    `split` has those of each phase, synchronised. `products` is their share of the operators' time. `options` has
+    `precision`, `bf16_is_native`, `compile` and `batch_size`.
     """
-    step, bare, split = measured["step"], measured["step_without_loading"], measured["split"]
-    compiling = "" if settings["compile"] else "--compile, which fuses operators; then "
-    bf16 = "--precision bf16; then " if settings["precision"] == "fp32" and settings["bf16_is_native"] else ""
-    # Both must agree, since a busy machine can make one of two passes slow.
-    loading = min(1 - bare / step, (split["data"] + split["transfer"]) / split["step"])
-    if loading >= 0.25:
+    compiling = "" if options["compile"] else "--compile, which fuses operators; then "
+    bf16 = "--precision bf16; then " if options["precision"] == "fp32" and options["bf16_is_native"] else ""
+    if bare <= 0.75 * step:
         figure = f"with one batch kept on the device a step takes {bare * 1e3:.2f} ms instead of {step * 1e3:.2f} ms"
         if split["transfer"] > split["data"]:
             return "transfer", figure, "DataLoader(pin_memory=True), or all data on the device in a TensorLoader"
         return "loader", figure, "DataLoader(num_workers=...); then a simpler transform, images stored smaller"
-    if measured["step_of_half"] is not None and measured["step_of_half"] >= 0.8 * bare:
-        figure = f"half the batch takes {measured['step_of_half'] / bare:.0%} of the time"
-        return "overhead", figure, f"{compiling}--batch-size {2 * settings['batch_size']}"
-    figure = f"products, convolutions and attention take {measured['products']:.0%} of the operators' time"
-    if measured["products"] >= 0.5:
+    if half is not None and half >= 0.8 * bare:
+        figure = f"half the batch takes {half / bare:.0%} of the time"
+        return "overhead", figure, f"{compiling}--batch-size {2 * options['batch_size']}"
+    figure = f"products, convolutions and attention take {products:.0%} of the operators' time"
+    if products >= 0.5:
         return "compute", figure, f"{bf16}a smaller model, smaller images, or a faster device"
     return "memory-bound", figure, f"{compiling}{bf16}fewer or smaller activations"
 
@@ -281,20 +273,6 @@ def measure(work: Work, batch: tuple[Tensor, Tensor], steps: int, accumulate: in
     return Measured(held + tracker.peaks["step"], times, gradients)
 
 
-def compare_checkpointing(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Checkpoint the activations of the model from now on; print and return what that saves and costs."""
-    before = measure(work, batch, args.steps)
-    checkpoint_activations(work.model)
-    after = measure(work, batch, args.steps)
-    differ = difference(after.gradients, before.gradients)
-    seconds = [statistics.median(before.times), statistics.median(after.times)]
-    print(f"activation checkpointing of {len(blocks(work.model))} blocks: peak {before.peak / MIB:.1f} to "
-          f"{after.peak / MIB:.1f} MiB, step {seconds[0] * 1e3:.2f} to {seconds[1] * 1e3:.2f} ms; "
-          f"gradients differ by {differ:.1e} of the largest")  # fmt: skip
-    report_busy(max(spread(before.times), spread(after.times)))
-    return {"peak": [before.peak, after.peak], "seconds": seconds, "gradients": differ}
-
-
 def difference(found: list[Tensor], expected: list[Tensor]) -> float:
     """Return the largest difference of two lists of gradients, relative to the largest expected entry."""
     largest = max(float(b.abs().max()) for b in expected)
@@ -324,83 +302,71 @@ def estimate_checkpointed(work: Work, inputs: Tensor) -> int:
     return parts["total"] - sum(activations) + max(activations) + kept
 
 
-def memory_options(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> list[dict[str, Any]]:
-    """Return the step as it is, then the options that save memory in the order to try them.
-
-    Each has an estimate in bytes; those that one process can show, also the measured peak, seconds, and the largest
-    relative difference of the gradients.
-    """
+def print_options(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> None:
+    """Print the step as it is, then the options that save memory in the order to try them."""
     inputs, targets = batch
-    size = len(inputs)
-    parts = estimate(work, inputs, size)
-    base = measure(work, batch, args.steps)
-    rows: list[dict[str, Any]] = []
-
-    def add(option: str, expected: int, found: Measured | None, same_images: bool = True) -> None:
-        row: dict[str, Any] = {"option": option, "estimate": expected}
-        row |= {"peak": None, "seconds": None, "spread": 0.0, "gradients": None}
-        if found is not None:
-            row |= {"peak": found.peak, "seconds": statistics.median(found.times), "spread": spread(found.times)}
-            row["gradients"] = difference(found.gradients, base.gradients) if same_images else None
-        rows.append(row)
-
-    add("as it is", parts["total"], base)
+    size, parts = len(inputs), estimate(work, inputs, len(inputs))
+    ways: list[tuple[str, int, Work, tuple[Tensor, Tensor], int]] = [("as it is", parts["total"], work, batch, 1)]
     if size % 2 == 0:
-        halves = measure(work, batch, args.steps, accumulate=2)
-        add("half the batch, --accumulate 2", estimate(work, inputs, size // 2)["total"], halves)
+        ways.append(("half the batch, --accumulate 2", estimate(work, inputs, size // 2)["total"], work, batch, 2))
     if work.precision == "fp32":
         low = work._replace(precision="bf16")
-        add("--precision bf16", estimate(low, inputs, size)["total"], measure(low, batch, args.steps))
+        ways.append(("--precision bf16", estimate(low, inputs, size)["total"], low, batch, 1))
     if inputs.dim() == 4:
         side = max(inputs.shape[-1] // 8, 1) * 4  # about half; our models want a multiple of 4
         images = nn.functional.interpolate(inputs, (side, side))  # (B, C, side, side)
         try:
             small = make_work(load_model(args, tuple(images.shape[1:])), batch, work.device, work.precision)
-            found = measure(small, (images, targets), args.steps)
-            add(f"images of {side} x {side}", estimate(small, images, size)["total"], found, same_images=False)
+            expected = estimate(small, images, size)["total"]
+            ways.append((f"images of {side} x {side}", expected, small, (images, targets), 1))
         except (RuntimeError, ValueError) as error:
             print(f"images of {side} x {side} do not go through this model: {cli.printable(error)[:100]}")
+    expected = estimate_checkpointed(work, inputs)
     checkpointed = work._replace(model=checkpoint_activations(copy.deepcopy(work.model)))
-    add("activation checkpointing", estimate_checkpointed(work, inputs), measure(checkpointed, batch, args.steps))
+    ways.append(("--checkpoint-activations", expected, checkpointed, batch, 1))
+
+    print("\nwhat saves memory, in this order   estimate  peak MiB   ms a step  gradients differ by")
+    gradients: list[Tensor] = []
+    for name, expected, way, data, accumulate in ways:
+        found = measure(way, data, args.steps, accumulate)
+        gradients = gradients or found.gradients
+        differ = f"{difference(found.gradients, gradients):.1e}" if data is batch else "-"
+        print(f"  {name:32} {expected / MIB:10,.1f}{found.peak / MIB:10,.1f}  "
+              f"{statistics.median(found.times) * 1e3:10.2f}  {differ:>19}  {busy(found.times)}".rstrip())  # fmt: skip
     of_batch = parts["inputs"] + parts["activations"] + parts["temporary"]
-    add("2 processes, DDP", parts["total"] - of_batch // 2, None)
-    add("2 processes, FSDP", parts["total"] - (parts["total"] - parts["buffers"]) // 2, None)
-    return rows
+    print(f"  {'2 processes, DDP':32} {(parts['total'] - of_batch // 2) / MIB:10,.1f}")
+    print(f"  {'2 processes, FSDP':32} {(parts['total'] + parts['buffers']) / 2 / MIB:10,.1f}")
+    print("  Peak: all that a step holds. Gradients: of the first step, relative to the largest; with BatchNorm and")
+    print("  dropout those of an accumulated batch are others.")
 
 
-def show_release(device: torch.device) -> None:
+def print_release(device: torch.device) -> None:
     """Print what `del` and `empty_cache` give back of a tensor of 256 MiB."""
 
-    def line(what: str) -> None:
+    def held() -> str:
         info = tb.MemoryTracker.get_memory_info(device)
-        kinds = [f"{kind} {info[kind] / MIB:8,.0f}" for kind in ("resident", "allocated", "reserved") if kind in info]
-        print(f"  {what:40} " + "  ".join(kinds))
+        return ", ".join(f"{k} {info[k] / MIB:,.0f}" for k in ("resident", "allocated", "reserved") if k in info)
 
-    print("\nwhat del and empty_cache give back, in MiB")
-    line("before")
+    print(f"\nwhat del and empty_cache give back, in MiB\n  before: {held()}")
     tensor = torch.ones(64 * MIB, device=device)  # float32: 256 MiB
-    line("tensor = torch.ones(...)")
-    view = tensor[:1]
+    print(f"  with a tensor of 256 MiB: {held()}")
     del tensor
-    line("del tensor, of which there is a view")
-    del view
-    line("del view")
+    print(f"  after del: {held()}")
     if device.type != "cpu":
         torch.accelerator.empty_cache()
-        line("empty_cache()")
+        print(f"  after empty_cache(): {held()}")
     print("  del frees what nothing else refers to: not a tensor with a view, nor activations while a loss is kept.")
     print("  An accelerator's freed memory stays reserved for the next tensors. empty_cache() hands it to other")
     print("  programs; this one gains nothing. On a CPU the C library decides.")
 
 
-def profile_memory(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Print where the memory goes and what saves it; return the figures in bytes and seconds."""
+def profile_memory(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> None:
+    """Print where the memory goes and what saves it."""
     inputs = batch[0]
     in_use = tb.MemoryTracker.get_memory_info(work.device)
     parts = estimate(work, inputs, len(inputs))
     print("in use, in MiB:   " + ", ".join(f"{name} {size / MIB:,.1f}" for name, size in in_use.items()))
     print("estimate, in MiB: " + ", ".join(f"{name} {size / MIB:,.1f}" for name, size in parts.items()))
-    fits = None
     try:
         with autocast(work.device, work.precision):
             fits = tb.MemoryTracker.find_batch_size(
@@ -409,40 +375,26 @@ def profile_memory(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Te
         print(f"by this estimate a batch of {fits:,} still fits into 90% of the available memory")
     except ValueError as error:  # not even one sample, or this system does not tell what is available
         print(f"the batch size that fits: {error}")
-    rows = memory_options(work, args, batch)
-    print("\nwhat saves memory, in the order to try it    estimate  peak MiB   ms a step  gradients differ by")
-    for row in rows:
-        line = f"  {row['option']:40} {row['estimate'] / MIB:10,.1f}"
-        if row["peak"] is not None:
-            line += f"{row['peak'] / MIB:10,.1f}  {row['seconds'] * 1e3:10.2f}"
-        if row["gradients"] is not None:
-            line += f"  {row['gradients']:.1e}"
-        print(line)
-    report_busy(max(row["spread"] for row in rows))
-    print("  Peak: all that a step holds. Gradients: of the first step, relative to the largest; with BatchNorm and")
-    print("  dropout those of an accumulated batch are others.")
-    show_release(work.device)
-    return {"in_use": in_use, "estimate": parts, "batch_size_that_fits": fits, "options": rows}
+    print_options(work, args, batch)
+    print_release(work.device)
 
 
-def compile_modes(work: Work, batch: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return seconds of the first and of later steps, eager and in each mode. The model stays in the last mode."""
-    rows = []
+def compile_modes(work: Work, batch: Any, args: argparse.Namespace) -> list[str]:
+    """Return lines with the time of the first and of later steps, eager and in each mode. The last mode stays."""
+    lines = [f"{'compile':28}  first step ms  later steps ms"]
     for mode in (None, *args.compile):
         if mode is not None:
             torch.compiler.reset()
             work.model.compile(mode=mode)
         first = time_steps(work, itertools.repeat(batch), 1)
         later = time_repeats(work, itertools.repeat(batch), args.steps)
-        row = {"first": first, "later": statistics.median(later), "spread": spread(later)}
-        rows.append({"mode": mode or "not compiled", **row})
-    return rows
+        times = f"{first * 1e3:13.1f}  {statistics.median(later) * 1e3:14.3f}"
+        lines.append(f"{mode or 'not compiled':28}  {times}  {busy(later)}".rstrip())
+    return lines
 
 
-def profile_time(
-    work: Work, args: argparse.Namespace, batches: Iterator, batch: tuple[Tensor, Tensor], path: Path
-) -> dict[str, Any]:
-    """Return where the time of a step goes, in seconds, and write the trace to `path`."""
+def profile_time(work: Work, args: argparse.Namespace, batches: Iterator, batch: tuple[Tensor, Tensor]) -> None:
+    """Print what bounds a step, and its time by phase, operator and module."""
     by_module, step_with_hooks = time_modules(work, batch, args.steps)
     half = tuple(tensor[: len(tensor) // 2] for tensor in batch)
     halves = []
@@ -451,54 +403,35 @@ def profile_time(
     modes = compile_modes(work, batch, args) if args.compile else []
     passes = [time_repeats(work, batches, args.steps), time_repeats(work, itertools.repeat(batch), args.steps)]
     split = time_phases(work, batches, args.steps)
-    operators = trace(work, batches, path)
-    total = sum(row["seconds"] for row in operators)
-    products = sum(row["seconds"] for row in operators if PRODUCTS.search(row["operator"]))
-    modules = []
-    for name, module in work.model.named_modules():
-        parameters = sum(p.numel() for p in module.parameters(recurse=False))
-        kind = type(module).__name__
-        modules.append({"module": name, "kind": kind, "parameters": parameters, "seconds": by_module[name]})
+    operators = time_operators(work, batches, args.trace)
+
+    total = sum(seconds for _, _, seconds in operators) or 1.0
+    products = sum(seconds for name, _, seconds in operators if PRODUCTS.search(name)) / total
     step, bare = map(statistics.median, passes)
-    return {
-        "step": step,
-        "step_without_loading": bare,
-        "step_of_half": statistics.median(halves) if halves else None,
-        "spread": max([spread(times) for times in (*passes, halves or [1.0])] + [row["spread"] for row in modes]),
-        "samples_per_second": len(batch[1]) / step,
-        "split": split,
-        "products": products / total if total else 0.0,
-        "operators": operators,
-        "modules": modules,
-        "step_with_hooks": step_with_hooks,
-        "compile_modes": modes,
-    }
-
-
-def print_time(found: dict[str, Any]) -> None:
-    print(f"{found['samples_per_second']:,.0f} samples/s; a step takes {found['step'] * 1e3:.2f} ms, without loading "
-          f"{found['step_without_loading'] * 1e3:.2f} ms (medians of {REPEATS} passes, not synchronised)")  # fmt: skip
-    report_busy(found["spread"])
+    options = {**vars(args), "precision": work.precision, "bf16_is_native": bf16_is_native(work.device)}
+    bound, figure, change = verdict(step, bare, statistics.median(halves) if halves else None, split, products, options)
+    print(f"bound by: {bound}: {figure}\nchange:   {change}\n")
+    print(f"{len(batch[1]) / step:,.0f} samples/s; a step takes {step * 1e3:.2f} ms, without loading "
+          f"{bare * 1e3:.2f} ms (medians of {REPEATS} passes, not synchronised)")  # fmt: skip
+    if warning := busy(*passes, *([halves] if halves else [])):
+        print(f"{warning}; measure again later")
     print("\nphase            ms   share   (synchronised after each phase)")
-    for name, seconds in found["split"].items():
-        print(f"{name:9}  {seconds * 1e3:8.3f}  {seconds / found['split']['step']:6.1%}")
-    total = sum(row["seconds"] for row in found["operators"]) or 1.0
+    for name, seconds in split.items():
+        print(f"{name:9}  {seconds * 1e3:8.3f}  {seconds / split['step']:6.1%}")
     print(f"\n{'operator':44}   calls        ms   share   (per step, without those it calls)")
-    for row in found["operators"][:10]:
-        share = row["seconds"] / total
-        print(f"{row['operator'][-44:]:44}  {row['calls']:6.1f}  {row['seconds'] * 1e3:8.3f}  {share:6.1%}")
+    for name, calls, seconds in operators[:10]:
+        print(f"{name[-44:]:44}  {calls:6.1f}  {seconds * 1e3:8.3f}  {seconds / total:6.1%}")
     print(f"\n{'module':28}  {'kind':16}  parameters   fp32 MiB  forward ms   (without its children)")
-    everything = {"module": "all", "kind": "", "parameters": 0, "seconds": 0.0}
-    for row in found["modules"]:
-        everything = everything | {key: everything[key] + row[key] for key in ("parameters", "seconds")}
-    for row in [*found["modules"], everything]:
-        print(f"{row['module'][-28:] or '(model)':28}  {row['kind'][:16]:16}  {row['parameters']:10,}  "
-              f"{row['parameters'] * 4 / MIB:9.2f}  {row['seconds'] * 1e3:10.3f}")  # fmt: skip
-    print(f"of a step of {found['step_with_hooks'] * 1e3:.3f} ms, synchronised before and after each module")
-    if found["compile_modes"]:
-        print(f"\n{'compile':28}  first step ms  later steps ms")
-        for row in found["compile_modes"]:
-            print(f"{row['mode']:28}  {row['first'] * 1e3:13.1f}  {row['later'] * 1e3:14.3f}")
+    rows = [
+        (name or "(model)", type(module).__name__, sum(p.numel() for p in module.parameters(recurse=False)))
+        for name, module in work.model.named_modules()
+    ]
+    times = [*by_module.values(), sum(by_module.values())]
+    for (name, kind, count), seconds in zip([*rows, ("all", "", sum(row[2] for row in rows))], times, strict=True):
+        print(f"{name[-28:]:28}  {kind[:16]:16}  {count:10,}  {count * 4 / MIB:9.2f}  {seconds * 1e3:10.3f}")
+    print(f"of a step of {step_with_hooks * 1e3:.3f} ms, synchronised before and after each module")
+    if modes:
+        print("", *modes, sep="\n")
 
 
 def made_by(text: str, option: str) -> Any:
@@ -527,16 +460,12 @@ def load_data(args: argparse.Namespace, model: nn.Module) -> tuple[Iterable, str
     """Return batches (inputs, targets), and what they are."""
     if args.loader:
         return made_by(args.loader, "--loader"), args.loader
-    if args.input_shape == (1, 28, 28):
-        images, labels = tb.draw_digits(4 * args.batch_size)
-        augment = tb.RandomAffine(scale=0.1)
-        return tb.TensorLoader(images, labels, args.batch_size, device=args.device, augment=augment), "drawn digits"
     inputs = torch.randn(args.batch_size, *args.input_shape)  # (B, C, H, W)
     with torch.no_grad(), evaluation_mode(model):
         outputs = model(inputs[:2])  # (2, classes, ...)
     if not isinstance(outputs, Tensor) or outputs.dim() < 2:
         raise ValueError(f"{args.model} does not return scores (B, classes); give its batches by --loader")
-    return [(inputs, torch.randint(outputs.shape[1], (args.batch_size, *outputs.shape[2:])))], "random images"
+    return [(inputs, torch.randint(outputs.shape[1], (args.batch_size, *outputs.shape[2:])))], "random inputs"
 
 
 def endless(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
@@ -557,35 +486,34 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="mnistnet", metavar="NAME",
         help=f"{', '.join(tb.MODELS)}, or module:callable that returns a model (default: mnistnet)")
     add("--loader", metavar="MODULE:CALLABLE", help="returns your batches (inputs, targets); called without arguments")
-    add("--input-shape", type=lambda text: tuple(map(count, text.split(","))), default=(1, 28, 28), metavar="C,H,W",
+    add("--input-shape", type=lambda text: tuple(map(count, text.split(","))), metavar="C,H,W",
         help="of one image (default: 1,28,28)")
     add("--batch-size", type=count, metavar="N", help="images per batch (default: 128)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: bf16 where the hardware computes in it (default: auto)")
+    add("--steps", type=count, default=10, metavar="N", help="measured steps of each pass (default: 10)")
+    add("--trace", type=cli.path_argument, metavar="FILE.json.gz",
+        help="write a Chrome trace, for https://ui.perfetto.dev")
+    add("--debug", action="store_true", help="show tracebacks")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--memory", action="store_true", help="profile the memory instead: what takes it, what fits, what saves it")
     add("--compile", nargs="*", choices=COMPILE_MODES, metavar="MODE",
         help=f"compare torch.compile in these modes with none, then profile the last: {', '.join(COMPILE_MODES)}")
     add("--checkpoint-activations", action="store_true",
-        help="compute activations again in backward instead of keeping them; shows what that saves and costs")
-    add("--memory", action="store_true", help="profile the memory instead: what takes it, what fits, what saves it")
-    add("--steps", type=count, default=10, metavar="N", help="measured steps of each pass (default: 10)")
-    add("--output", type=cli.path_argument, metavar="DIR",
-        help="new directory for run.json and trace.json.gz (default: runs/profile-DATE-TIME)")
-    add("--debug", action="store_true", help="show tracebacks")
+        help="compute activations again in backward instead of keeping them (--memory shows what that saves)")
     args = parser.parse_args(argv)
+    if args.memory and args.trace:
+        parser.error("--trace does not go with --memory")
+    if args.loader and (args.batch_size or (args.input_shape and ":" in args.model)):
+        parser.error("--batch-size and --input-shape do not go with --loader: the batches come from there")
+    args.batch_size, args.input_shape = args.batch_size or 128, args.input_shape or (1, 28, 28)
     if ":" not in args.model:
         if args.model not in tb.MODELS:
             parser.error(f"--model {args.model}: expected {', '.join(tb.MODELS)} or module:callable")
         if len(args.input_shape) != 3 or args.input_shape[1] != args.input_shape[2]:
             parser.error(f"--input-shape: {args.model} takes channels and two equal sides, such as 1,28,28")
     args.compile = ["default"] if args.compile == [] else args.compile
-    if args.memory and args.checkpoint_activations:
-        parser.error("--checkpoint-activations does not go with --memory, which compares it with other options anyway")
-    if args.loader and args.batch_size:
-        parser.error("--batch-size does not go with --loader: the batches come from there")
-    args.batch_size = args.batch_size or 128
-    if args.compile and (args.checkpoint_activations or args.memory):
-        parser.error("--compile does not go with --checkpoint-activations or --memory: it decides itself what to keep")
     return args
 
 
@@ -596,27 +524,19 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cpu" and not args.memory:
         tb.cache_cpu_memory()  # as in training
     model = load_model(args, args.input_shape)
-    args.device = str(device)
     loader, source = load_data(args, model)
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
     batches = endless(loader)
     batch = to_device(next(batches), device)
     args.batch_size = len(batch[0])
     work = make_work(model, batch, device, precision)
     train_step(work, itertools.repeat(batch))  # shows whether they fit; the optimizer makes its state
     print(f"{args.model} on {source}; batches of {args.batch_size}; {precision}; {device_name(device)}")
-    with tb.RunDirectory(args.output, name="profile") as run:
-        run.write_info(options=vars(args), device=device_name(device), precision=precision, torch=torch.__version__)
-        if args.memory:
-            run.write_info(memory=profile_memory(work, args, batch))
-            return 0
-        checkpointing = compare_checkpointing(work, args, batch) if args.checkpoint_activations else None
-        found = profile_time(work, args, batches, batch, run.path / "trace.json.gz")
-        settings = {**vars(args), "precision": precision, "bf16_is_native": bf16_is_native(device)}
-        bound, figure, change = verdict(found, settings)
-        print(f"bound by: {bound}: {figure}\nchange:   {change}\n")
-        print_time(found)
-        run.write_info(bound_by=bound, figure=figure, change=change, checkpointing=checkpointing, **found)
-        print(f"\nfiles: {run.path}: run.json, trace.json.gz (open it at https://ui.perfetto.dev)")
+    if args.memory:
+        profile_memory(work, args, batch)
+    else:
+        profile_time(work, args, batches, batch)
     return 0
 
 

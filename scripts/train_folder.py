@@ -60,7 +60,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=cli.path_argument, metavar="FOLDER", help="one folder per class")
     add = parser.add_argument_group("data").add_argument
-    add("--image-size", type=positive, metavar="N",
+    add("--image-size", type=cli.number(int, 1, 4096), metavar="N",
         help="height and width that the model sees (default: 64, of torchvision's models 224, or as pretrained)")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="crop and mirror (default: on)")
     add("--balance", action=argparse.BooleanOptionalAction, default=False,
@@ -176,7 +176,8 @@ class Photos(Dataset):
     `len(dataset)`, and `dataset[i]`: (input, target), here a float32 image (C, H, W) and the number of its class.
     `classes`: their names. `targets`: all targets, for class weights and reports. `set_epoch(epoch)`, which Trainer
     calls before each epoch: random changes of a sample depend on (seed, epoch, sample) alone, so that a resumed run
-    repeats them, whatever the number of workers. A data set without random changes needs no `set_epoch`.
+    repeats them, whatever the number of workers. A data set without random changes needs no `set_epoch`. Targets are
+    ints; of a regression `torch.tensor([value])`, since outputs are (B, 1).
     """
 
     def __init__(
@@ -201,6 +202,9 @@ class Photos(Dataset):
         with torch.random.fork_rng(devices=[]):  # afterwards the random state is what it was
             torch.default_generator.manual_seed(mix_seed(self.seed, self.epoch, index))
             return self.transform(image), self.targets[index]
+
+
+# From here to `preprocessing`: what only folders of images need.
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -368,6 +372,9 @@ def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[A
     """Return loaders for training, validation and test, facts about the data, and lines for the user."""
     datasets, facts, notice = make_datasets(args)
     batch_size = min(args.batch_size, len(datasets[0]))
+    left_out = len(datasets[0]) % batch_size  # of each epoch, since the last batch is incomplete
+    if left_out > len(datasets[0]) / 10:
+        notice += f"\nnote: each epoch leaves {left_out} training images out; a smaller --batch-size would use more"
     common: dict[str, Any] = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
     # Of one process, too, this is the sampler of torch whose order depends on (seed, epoch) alone.
     order: Any = DistributedSampler(datasets[0], num_replicas=1, rank=0, seed=args.seed)
@@ -452,6 +459,8 @@ def check_model(model: nn.Module, args: argparse.Namespace, facts: dict[str, Any
         with torch.no_grad():
             scores = model.eval()(torch.zeros(2, channels, size, size))
     except Exception as error:  # of any kind, in a model of one's own
+        if cli.is_out_of_memory(error):
+            raise
         raise ValueError(f"{where}: the model does not take images (N, {channels}, {size}, {size}): {error}") from error
     model.train()
     if getattr(scores, "shape", None) != (2, facts["num_classes"]):
@@ -572,7 +581,8 @@ def main(argv: list[str] | None = None) -> int:
                   f"{tb.device_name(device)}; {trainer.precision}".strip())  # fmt: skip
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
         with preserved_random_state(device):  # the images are cropped and mirrored at random
-            samples = next(iter(DataLoader(train_loader.dataset, 12, shuffle=True)))
+            collate = train_loader.collate_fn
+            samples = next(iter(DataLoader(train_loader.dataset, 12, shuffle=True, collate_fn=collate)))
         report = Report(run.path, run.info, trainer, defaults=vars(make_parser().parse_args([])), samples=samples)
         started = time.monotonic()
         hint = f"continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
+import copy
 import os
 import shlex
 import sys
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout
 import torchbasics as tb
 from torchbasics import cli
 from torchbasics.device import busy_cores, cpu_seconds
-from torchbasics.report import Judgement, Report, count_shared
+from torchbasics.report import Judgement, Report
 
 # Augmentation of the training images, at random for each: degrees, share of the size, share of the size.
 ROTATION, SHIFT, SCALING = 10.0, 0.1, 0.1
@@ -240,7 +240,7 @@ def tensorboard_callback(run: tb.RunDirectory, trainer: tb.Trainer, loader: Any)
     writer.add_image("images", make_grid(images[:64].cpu(), normalize=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the graph is drawn by torch.jit.trace, which is deprecated
-        writer.add_graph(trainer.evaluated_model, images[:1])
+        writer.add_graph(copy.deepcopy(trainer.evaluated_model), images[:1])  # a copy is not compiled
 
     def write(trainer: tb.Trainer) -> None:
         for name, values in trainer.history.items():
@@ -319,9 +319,8 @@ def main(argv: list[str] | None = None) -> int:
             if device.type == "cpu":
                 print_load(args, busy_cores(load))
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
-        report = Report(  # for loaders other than TensorLoader leave `samples` and `shared` out
+        report = Report(  # for loaders other than TensorLoader leave `samples` out
             run.path, run.info, trainer, defaults=vars(make_parser().parse_args([])), samples=next(iter(train_loader)),
-            shared=functools.partial(count_shared, train_loader.inputs, val_loader.inputs),
         )  # fmt: skip
         started = time.monotonic()
         try:

@@ -15,6 +15,7 @@ import time
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -215,6 +216,15 @@ class SeveralProcesses(unittest.TestCase):
             self.assertLess(time.monotonic() - began, 20)
             self.assertEqual([one.code for one in found], [1, code, 1], found)  # no abort
             self.assertRegex(found[0].output, "RuntimeError: .*(closed|reset) by peer")
+
+    def test_a_port_that_another_program_holds_in_silence_is_given_up_after_the_timeout(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:  # it takes connections and never answers
+            store: Any = SimpleNamespace(port=other.getsockname()[1])
+            began = time.monotonic()
+            [found] = outcomes(1, exchange, store=store, timeout=1.0)
+            self.assertLess(time.monotonic() - began, 20)
+        self.assertEqual(found.code, 1)
+        self.assertRegex(found.output, "ConnectionError: .* within 1 s .*MASTER_PORT gives no answer")
 
     def test_a_restarted_job_finds_its_processes_and_its_notes(self) -> None:
         store = new_store()  # torchrun's, which outlives the processes

@@ -291,6 +291,16 @@ class Watch(RunCase):
         self.assertEqual([json.loads(line) for line in content.splitlines()], rows)
         self.assertEqual(out.getvalue(), "")  # quiet
 
+    def test_a_run_stops_at_the_next_step_after_its_directory_was_moved(self) -> None:
+        trainer = self.watched(self.trainer(), loader_of(10), True, out=io.StringIO(), err=io.StringIO())
+        self.train(trainer, 1)
+        self.path.rename(self.root / "b")
+        self.path.mkdir()
+        (self.path / ".lock").touch()  # as of another run that was started under the old name
+        with self.assertRaisesRegex(OSError, "a was moved or removed during the run"):
+            self.train(trainer, 2)
+        self.assertEqual(os.listdir(self.path), [".lock"])
+
     def test_a_printed_line_cannot_speak_to_the_terminal(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()) as out:
             print_line("cat\x1b[2J\n\u202e 猫")

@@ -136,9 +136,10 @@ class OneProcess(DdpCase):
 
 @needs_processes
 class SeveralProcesses(DdpCase):
-    def test_two_processes_with_ddp_or_fsdp_train_what_one_trains(self) -> None:
-        one = self.run_small("one")
-        self.assert_near_run(one, self.run_processes(2, "ddp"))
+    def test_two_processes_with_ddp_or_fsdp_train_what_one_trains_and_a_second_time_the_same_bits(self) -> None:
+        one, ddp = self.run_small("one"), self.run_processes(2, "ddp")
+        self.assert_same_run(ddp, self.run_processes(2, "again"))
+        self.assert_near_run(one, ddp)
         self.assert_near_run(one, self.run_processes(2, "fsdp", "--fsdp"))
 
     def test_what_rank_0_refuses_ends_all_processes_and_changes_nothing(self) -> None:

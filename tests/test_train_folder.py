@@ -459,7 +459,8 @@ class BadInput(FolderCase):
 
     def test_a_model_that_cannot_be_trained_is_refused_by_name(self) -> None:
         lines = "from torch import nn", "def wide(): return nn.Sequential(nn.Flatten(), nn.Linear(768, 5))"
-        Path("mine_folder.py").write_text("\n".join(lines))
+        greedy = "class Greedy(nn.Flatten): forward = lambda self, images: images.new_empty(10**15)"
+        Path("mine_folder.py").write_text("\n".join((*lines, greedy)))
         self.addCleanup(sys.modules.pop, "mine_folder", None)
         self.addCleanup(sys.path.__setitem__, slice(None), list(sys.path))
         for name, text in (
@@ -475,14 +476,16 @@ class BadInput(FolderCase):
         ):  # fmt: skip
             with self.subTest(name):
                 self.refused("photos", *SMALL, "--model", *(name.split() or [""]), text=text)
+        line = "out of memory: cannot allocate 4000000000000000 bytes"
+        self.refused("photos", *SMALL, "--model", "mine_folder:Greedy", text=line, code=1)
         self.assertFalse(Path("runs").exists())
 
     def test_bad_options_are_refused_in_one_line(self) -> None:
         self.refused(text="give the folder of your images")
         self.refused("", text="expected a path")
         self.refused("photos", "red", text="unrecognized arguments: red")
-        for option in ("--image-size=0", "--workers=-1", "--epochs=0", "--batch-size=x", "--lr=0", "--schedule=step",
-                       "--ema=1", "--seed=-1", "--device=abacus", "--init-from=missing.pt"):  # fmt: skip
+        for option in ("--image-size=0", "--image-size=4097", "--workers=-1", "--epochs=0", "--batch-size=x",
+                       "--lr=0", "--schedule=step", "--ema=1", "--seed=-1", "--device=abacus", "--init-from=missing.pt"):  # fmt: skip
             self.refused("photos", *SMALL, option, text=option.partition("=")[2])
         self.refused("photos", *SMALL, "--output", "photos", text="photos exists; choose another --output")
 

@@ -282,18 +282,24 @@ class Run(ScriptCase):
         self.refused(*SMALL, "--init-from", "other.pt", text="none of its weights fits")
 
     def test_tensorboard_gets_history_graph_and_images_and_its_absence_is_exit_code_3(self) -> None:
-        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
-            self.refused(*SMALL, "--output", "a", "--tensorboard", text="pip install 'torchbasics[tens", code=3)
-        stub = types.ModuleType("torch.utils.tensorboard")
-        stub.SummaryWriter = mock.MagicMock()  # type: ignore[attr-defined]
-        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": stub}):
-            self.run_small("a", "--tensorboard")  # the refused run left nothing that is in the way
-        writer = stub.SummaryWriter.return_value  # type: ignore[attr-defined]
+        stub: Any = types.ModuleType("torch.utils.tensorboard")
+        stub.SummaryWriter = mock.MagicMock()
+        self.addCleanup(sys.modules.pop, stub.__name__, None)
+        sys.modules[stub.__name__] = None  # type: ignore[assignment]
+        self.refused(*SMALL, "--output", "a", "--tensorboard", text="pip install 'torchbasics[tens", code=3)
+        sys.modules[stub.__name__] = stub
+        self.run_small("a", "--tensorboard")  # the refused run left nothing that is in the way
+        writer = stub.SummaryWriter.return_value
         written = {(name, step): value for name, value, step in (each.args for each in writer.add_scalar.mock_calls)}
         for row, name in itertools.product(rows_of(self.folder / "a"), ("train_loss", "val_acc", "lr")):
             self.assertEqual(written[name, row["step"]], row[name])
         self.assertEqual((writer.add_graph.call_count, writer.add_image.call_count), (1, 1))
 
+        writer.add_graph.side_effect = torch.jit.trace  # as TensorBoard draws it
+        compiled = tb.SimpleNet(784, 8, 10)
+        compiled.compile(backend="eager")
+        trainer = types.SimpleNamespace(step=0, evaluated_model=compiled)
+        script.tensorboard_callback(types.SimpleNamespace(path=self.folder), trainer, [(torch.zeros(2, 1, 28, 28),)])
 
     def test_the_result_names_all_classes_or_the_worst_three_when_all_are_above_99_percent_and_advises(self) -> None:
         result = {"best_epoch": 1, "epochs_run": 1, "best_val_accuracy": 1.0, "test_accuracy": 1.0, "test_loss": 0.0,

@@ -131,8 +131,7 @@ def describe(error: Exception, out_of_memory: str) -> tuple[int, str]:
         return 128 + error.signum, text
     if isinstance(error, MissingExtra):
         return 3, f"error: {text}"
-    allocation = r"out of memory|can't allocate memory|you tried to allocate|ALLOC_FAILED"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(allocation, text)):
+    if is_out_of_memory(error):
         size = re.search(r"allocate ([\d.,]+ \w+)", text)
         line = "error: out of memory" + (f": cannot allocate {size[1]}" if size else "")
         return 1, f"{line}; {out_of_memory}" if out_of_memory else line
@@ -145,6 +144,12 @@ def describe(error: Exception, out_of_memory: str) -> tuple[int, str]:
     if text and (ours or isinstance(error, (ValueError, OSError))):
         return code, f"error: {text}"
     return code, f"error: {type(error).__name__}: {text} (--debug shows the traceback)"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory was asked for that a CPU or an accelerator does not have."""
+    said = r"out of memory|can't allocate memory|you tried to allocate|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(said, str(error))))
 
 
 def print_error(text: str) -> None:

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import sys
 import threading
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -79,7 +78,7 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
     backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     limit = datetime.timedelta(seconds=timeout)
     try:
-        store, number, count = next(dist.rendezvous("env://", timeout=limit))
+        store, number, count = _rendezvous(timeout)
         # torchrun's store outlives the group and a restart, and still holds the addresses of processes that are gone
         name = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}, group {next(_groups)}"
         fresh = dist.PrefixStore(name, store)
@@ -91,8 +90,10 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
             "MASTER_ADDR and a free MASTER_PORT, or use torchrun --standalone"
         ) from error
     _job_store = dist.PrefixStore("job", store)
+    done = threading.Event()
+    watcher = threading.Thread(target=_leave_with, args=(os.getppid(), done), daemon=True)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+        watcher.start()
     together = False
     try:
         yield
@@ -105,14 +106,41 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
         raise
     finally:
         _job_store = None
+        done.set()
+        if watcher.is_alive():
+            watcher.join()  # a thread that is left when Python exits may abort the process
         if together or device.type == "cpu":  # after an error nccl would wait for processes that no longer answer
             dist.destroy_process_group()
 
 
-def _leave_with(parent: int) -> None:
+def _rendezvous(timeout: float) -> tuple[dist.Store, int, int]:
+    """Return the job's store, this process's rank and the number of processes.
+
+    A thread waits for them, since torch would wait for ever if another program holds MASTER_PORT and never answers.
+    """
+    found: list[Any] = []
+
+    def join() -> None:
+        try:
+            found.append(next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout))))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(timeout + 1)
+    if not found:
+        raise RuntimeError("MASTER_PORT gives no answer")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _leave_with(parent: int, done: threading.Event) -> None:
     """End this process and its loaders' workers within a second after torchrun, its parent, was killed."""
     while os.getppid() == parent:
-        time.sleep(0.5)
+        if done.wait(0.5):
+            return
     print("torchrun is gone, so this process ends too", file=sys.stderr, flush=True)
     for worker in multiprocessing.active_children():
         worker.kill()

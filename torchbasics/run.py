@@ -85,10 +85,14 @@ class RunDirectory:
         ]
         self._write("metrics.jsonl", "".join(json.dumps(_without_nan(row)) + "\n" for row in rows))
 
-    def _write(self, name: str, text: str) -> None:
+    def check_place(self, *_: Any) -> None:
+        """Raise OSError if `path` no longer leads to the directory that this run has locked."""
         lock = self.path / ".lock"
         if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(self._lock.fileno()))):
             raise OSError(f"{self.path} was moved or removed during the run; resume it from where it is now")
+
+    def _write(self, name: str, text: str) -> None:
+        self.check_place()
         write_durably(self.path / name, lambda file: file.write(text.encode()))
 
     def watch(self, trainer: Any, num_epochs: int, train_loader: Iterable, quiet: bool = False) -> None:
@@ -97,6 +101,7 @@ class RunDirectory:
         Call it after the trainer's state was loaded and before `fit`. With `quiet` nothing is printed.
         """
         self.write_metrics(trainer)
+        trainer.on_step_end.append(self.check_place)
         trainer.on_epoch_end.append(self.write_metrics)
         if not quiet:
             self._table = _Table(trainer, num_epochs, train_loader)
