@@ -485,7 +485,8 @@ class BadInput(FolderCase):
         self.refused("", text="expected a path")
         self.refused("photos", "red", text="unrecognized arguments: red")
         for option in ("--image-size=0", "--image-size=4097", "--workers=-1", "--epochs=0", "--batch-size=x",
-                       "--lr=0", "--schedule=step", "--ema=1", "--seed=-1", "--device=abacus", "--init-from=missing.pt"):  # fmt: skip
+                       "--lr=0", "--schedule=step", "--ema=1", "--seed=-1", "--device=abacus",
+                       "--init-from=missing.pt"):  # fmt: skip
             self.refused("photos", *SMALL, option, text=option.partition("=")[2])
         self.refused("photos", *SMALL, "--output", "photos", text="photos exists; choose another --output")
 

@@ -77,8 +77,14 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
         return
     backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     limit = datetime.timedelta(seconds=timeout)
+    advice = "give all of them the same MASTER_ADDR and a free MASTER_PORT, or use torchrun --standalone"
+    # torch itself would wait for ever if another program held the port and never answered
+    alarm = threading.Timer(timeout + 5, _end, [f"error: MASTER_PORT gives the processes no answer; {advice}"])
+    alarm.daemon = True
+    alarm.start()
     try:
-        store, number, count = _rendezvous(timeout)
+        store, number, count = next(dist.rendezvous("env://", timeout=limit))
+        alarm.cancel()
         # torchrun's store outlives the group and a restart, and still holds the addresses of processes that are gone
         name = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}, group {next(_groups)}"
         fresh = dist.PrefixStore(name, store)
@@ -86,9 +92,10 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConnectionError(
-            f"the processes did not find each other within {timeout:g} s ({reason}); give all of them the same "
-            "MASTER_ADDR and a free MASTER_PORT, or use torchrun --standalone"
+            f"the processes did not find each other within {timeout:g} s ({reason}); {advice}"
         ) from error
+    finally:
+        alarm.cancel()
     _job_store = dist.PrefixStore("job", store)
     done = threading.Event()
     watcher = threading.Thread(target=_leave_with, args=(os.getppid(), done), daemon=True)
@@ -113,35 +120,17 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
             dist.destroy_process_group()
 
 
-def _rendezvous(timeout: float) -> tuple[dist.Store, int, int]:
-    """Return the job's store, this process's rank and the number of processes.
-
-    A thread waits for them, since torch would wait for ever if another program holds MASTER_PORT and never answers.
-    """
-    found: list[Any] = []
-
-    def join() -> None:
-        try:
-            found.append(next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout))))
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=join, daemon=True)
-    thread.start()
-    thread.join(timeout + 1)
-    if not found:
-        raise RuntimeError("MASTER_PORT gives no answer")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
-
-
 def _leave_with(parent: int, done: threading.Event) -> None:
-    """End this process and its loaders' workers within a second after torchrun, its parent, was killed."""
+    """End this process within a second after torchrun, its parent, was killed."""
     while os.getppid() == parent:
         if done.wait(0.5):
             return
-    print("torchrun is gone, so this process ends too", file=sys.stderr, flush=True)
+    _end("torchrun is gone, so this process ends too")
+
+
+def _end(reason: str) -> None:
+    """End this process, whatever its main thread waits for, and its loaders' workers."""
+    print(reason, file=sys.stderr, flush=True)
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(1)

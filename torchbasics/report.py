@@ -151,7 +151,7 @@ def advice(history: Mapping[str, Sequence[Any]], judgement: Judgement | None = N
     """Return what to do next, in sentences, where the curves of a finished training call for it."""
     if judgement and judgement.interval[0] <= int(judgement.confusion.sum(1).max()) / judgement.count:
         return ["The model does no better than one that always names the most frequent class: "
-                "train longer or change the learning rate, and look whether images and labels belong together."]  # fmt: skip
+                "train longer or change the rate, and look whether images and labels belong together."]  # fmt: skip
     found = advice_on_curves(history)
     best = max((value for value in history.get("val_acc", ()) if is_finite(value)), default=0.0)
     if best == 1 or (judgement and best > judgement.interval[1] + 0.02):
