@@ -62,7 +62,7 @@ class Readme(unittest.TestCase):
         images, labels = tb.draw_digits(400)
         part = Images(images, labels, tuple("0123456789"))
         pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *DOCS))
-        commands = re.findall(r"^    .*\bscripts/(\w+)\.py(.*)$", pages, re.M)
+        commands = re.findall(r"^    (?:python|torchrun) .*?\bscripts/(\w+)\.py(.*)$", pages, re.M)
         self.assertLessEqual({"train_mnist", "train_ddp"}, {name for name, _ in commands})
         self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         for name, options in dict.fromkeys(commands):

@@ -351,8 +351,12 @@ def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
         f"<p class=dim>Written on {time.strftime('%Y-%m-%d at %H:%M:%S')}.</p></body></html>\n"
     )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def text(value: object) -> str:

@@ -373,16 +373,17 @@ def foreign(row: Row) -> None:
             problems += [f"printed {child.err!r}"] * bool(child.err)
             problems += ["it is gone"] * (not place.exists() and "unfinished" not in name)
         row.case(name, problems, differences(run, expected))
-    for name, pattern in row.some([("the newest", "*8.pt"), ("older ones", "*[46].pt"), ("best.pt", "best.pt")], 1):
+    for name, pattern in row.some([("the newest", "*8.pt"), ("older ones", "*[46].pt")], 1):
         run = copy_of(row, original)
         for path in (run / "checkpoints").glob(pattern):
             path.unlink()
         row.case(f"deleted: {name}", resume_problems(run, expected))
-    for pattern in row.some(["checkpoints/step-*", "checkpoints"], 1):
+    refusals = [(f"checkpoints{name}", "no checkpoint to resume from") for name in ("", "/step-*")]
+    for pattern, said in row.some([*refusals, ("checkpoints/best.pt", "the run's best weights")], 2):
         run = copy_of(row, original)
         for path in list(run.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        row.case(f"deleted: {pattern}", unchanged_refusal(row, run, "no checkpoint to resume from"))
+        row.case(f"deleted: {pattern}", unchanged_refusal(row, run, said))
     run = row.new()
     hook = at_step(5, lambda: shutil.rmtree(run / "checkpoints"))
     child = start(training(*SMALL, "--output", run, hook=hook), run)

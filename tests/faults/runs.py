@@ -305,7 +305,7 @@ def leavings(run: Path) -> dict[str, str]:
     found |= flat({name: value for name, value in result.items() if "seconds" not in name}, "result")
     for path in (newest, run / "checkpoints" / "best.pt"):
         state = tb.load_checkpoint(path, require_seal=True)
-        del state["metadata"]  # holds the name of the directory
+        del state["metadata"], state["run_id"]  # the name of the directory, and a random one
         found |= flat(state, path.name)
     return found
 
