@@ -185,7 +185,8 @@ class Photos(Dataset):
     ) -> None:
         self.photos = photos
         self.classes = classes
-        self.targets = [classes.index(photo.label) for photo in photos]
+        numbers = {name: number for number, name in enumerate(classes)}
+        self.targets = [numbers[photo.label] for photo in photos]
         self.mode = mode  # "L" (grey) or "RGB"
         self.transform = transform
         self.seed = seed
@@ -248,7 +249,8 @@ def examine(file: tuple[str, str, str]) -> Photo | str:
 def split_off(photos: list[Photo], missing: list[str], seed: int) -> list[Photo]:
     """Give the `missing` parts their share of the training images, of each class alike. Copies stay together."""
     labels = {photo.digest: photo.label for photo in photos if photo.part == "train"}
-    numbers = [sorted({*labels.values()}).index(label) for label in labels.values()]
+    order = {label: number for number, label in enumerate(sorted({*labels.values()}))}
+    numbers = [order[label] for label in labels.values()]
     shares = (1 - TEST_SHARE * len(missing), *[TEST_SHARE] * len(missing))
     subsets = tb.split_dataset([*labels], shares, seed, numbers)  # type: ignore[arg-type]
     digests, part_of = [*labels], {}

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "torchbasics"
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 ALONE = (
     "models", "digits", "mnist", "device", "optim", "early_stopping", "checkpoint", "monitors", "memory", "cli", "demo",
-    "distributed", "report",
+    "distributed",
 )  # fmt: skip
 # The rows L1 to L16 of the coverage.
 NAMES = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -24,9 +23,9 @@ from torchvision import datasets, models
 from torchvision.transforms import v2
 
 import torchbasics as tb
-from torchbasics import cli
 from torchbasics.checkpoint import weights_hash
 
+from . import test_train_mnist as single
 from .common import load_script, run_main
 
 script = load_script("train_folder")
@@ -62,22 +61,12 @@ def write(path: Path, image: Image.Image, **options: Any) -> Path:
 
 def call(*argv: Any) -> tuple[int, str, str]:
     """Return (exit code, stdout, stderr) of the script, run in this process."""
-    return run_main(lambda words: cli.run(script.main, words), *map(str, argv))
+    return single.call(*argv, main=script.main)
 
 
-@contextlib.contextmanager
 def after_step(step: int, action: Any) -> Any:
-    """Call `action()` after that step of the runs in this `with` block; return the list of their trainers."""
-    trainers: list[tb.Trainer] = []
-    fit = tb.Trainer.fit
-
-    def watch(trainer: tb.Trainer, *args: Any, **options: Any) -> Any:
-        trainer.on_step_end.append(lambda trainer: action() if trainer.step == step else None)
-        trainers.append(trainer)
-        return fit(trainer, *args, **options)
-
-    with mock.patch.object(tb.Trainer, "fit", watch):
-        yield trainers
+    """Call `action()` after that step of the runs in this `with` block, which gives the list of their trainers."""
+    return single.watched(lambda trainer: action() if trainer.step == step else None)
 
 
 def info_of(run: Path) -> dict[str, Any]:
@@ -316,6 +305,9 @@ class Resume(FolderCase):
     def test_a_run_stopped_amid_an_epoch_with_workers_ends_as_if_never_stopped(self) -> None:
         options = ("--workers", 2, "--ema", 0.9, "--balance")
         straight = self.run_small("straight", *options)
+        page = (straight / "report.html").read_text(encoding="utf-8")
+        self.assertIn("--balance", page)
+        self.assertNotIn("fingerprint", page)  # no option of the script
         with after_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
             code, _, err = call("photos", *SMALL, *options, "--output", "a")
         self.assertEqual(code, 128 + signal.SIGTERM, err)

@@ -78,8 +78,8 @@ def printable(text: object) -> str:
 
 def shortened(text: str) -> str:
     """Return `text` as one line of at most 600 characters, with what the user gave cut if it is long."""
-    given = r"'[^']{200,}'|\"[^\"]{200,}\"|(?<=unrecognized arguments: ).{200,}|\S{200,}"
-    return printable(re.sub(given, lambda match: f"{match[0][:50]}...{match[0][-50:]}", text, flags=re.S))[:600]
+    given = r"'[^']{100,}'|\"[^\"]{100,}\"|(?<=unrecognized arguments: ).{101,}|\S{200,}"  # the last: a path, unquoted
+    return printable(re.sub(given, lambda match: f"{match[0][:48]}...{match[0][-49:]}", text, flags=re.S))[:600]
 
 
 def run(
@@ -153,4 +153,5 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def print_error(text: str) -> None:
+    """Print `text` as one line on stderr."""
     print(shortened(text), file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@
 
 `run.info` is any dict, as in run.json. The page shows its "command", "options", "notice", "device", "precision",
 "versions", "dataset", "mean" and "std" (to undo a normalisation) and "result", as far as they are there. If the `with`
-block raises, the page gives the reason. Needs torch and no sibling.
+block raises, the page gives the reason.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .checkpoint import write_durably
+from .cli import printable
 
 MISTAKES, MATRIX, DOTS = 24, 20, 100  # at most so many mistakes, classes in the confusion matrix, dots on a curve
 STYLE = """
@@ -189,6 +192,7 @@ def advice_on_curves(history: Mapping[str, Sequence[Any]]) -> list[str]:
 
 
 def is_finite(value: float | None) -> bool:
+    """Return whether there is a value, and it is neither NaN nor infinite."""
     return value is not None and math.isfinite(value)
 
 
@@ -302,10 +306,10 @@ class Report:
         changed: dict[str, Any] = {}
         others: dict[str, Any] = {}
         for name, value in self.info.get("options", {}).items():
+            if self.defaults and name not in self.defaults:
+                continue  # not an option: what the script itself keeps there
             is_default = name in self.defaults and value == self.defaults[name]
             (others if is_default else changed)[f"--{name.replace('_', '-')}"] = value
-        for name in ("--command", "--fingerprint"):  # of the data; the command stands below
-            changed.pop(name, None)
         facts = {name: self.info[name] for name in ("dataset", "model", "device", "precision") if name in self.info}
         facts |= {f"{name} version": number for name, number in self.info.get("versions", {}).items()}
         facts |= {"seed": self.info.get("options", {}).get("seed", "none")}
@@ -350,21 +354,16 @@ def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
         f"<body><h1>{text(title)}</h1>{''.join(parts)}"
         f"<p class=dim>Written on {time.strftime('%Y-%m-%d at %H:%M:%S')}.</p></body></html>\n"
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_durably(path, lambda file: file.write(page.encode()))
 
 
 def text(value: object) -> str:
     """Return `value` as text of a page: markup and control characters escaped."""
-    return html.escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)))
+    return html.escape(printable(value))
 
 
 def note(value: str | None, kind: str = "") -> str:
+    """Return a highlighted paragraph, nothing without a value."""
     return f"<p class=note><b>{kind}</b>{text(value)}</p>" if value else ""
 
 
@@ -374,12 +373,14 @@ def bdi(name: object) -> str:
 
 
 def accuracy_of(judgement: Judgement, info: Mapping[str, Any]) -> str:
+    """Return the accuracy and its interval in words."""
     low, high = judgement.interval
     images = f"{judgement.count:,} {info.get('dataset', '')} test images".replace("  ", " ")
     return f"{judgement.accuracy:.2%} (95% interval {low:.2%} to {high:.2%}) of {images} are classified correctly"
 
 
 def table_of(values: Mapping[str, Any]) -> str:
+    """Return a table of names and values."""
     rows = "".join(f"<tr><th>{text(name)}</th><td>{text(value)}</td></tr>" for name, value in values.items())
     return f"<table class=settings>{rows}</table>" if rows else ""
 

@@ -479,7 +479,7 @@ class Trainer:
     # What fit and train_one_epoch call: losses, processes, the loader's position, signals.
 
     def is_suspect(self, loss: Tensor) -> bool:
-        """Return whether to read at once, on a CPU, which need not wait: for a bad loss, or to compare counts."""
+        """Note the loss on a CPU, which need not wait; return whether to read all: it is bad, or counts wait."""
         if self.device.type != "cpu":
             return False
         self.last_loss = loss.item()
