@@ -238,8 +238,10 @@ class Seeds(unittest.TestCase):
         self.assertEqual(self.draws(), default)
 
     def test_a_seed_out_of_range_is_an_error(self) -> None:
+        import numpy  # noqa: F401
+
         for seed in (-1, 2**32):
-            with self.assertRaisesRegex(ValueError, rf"seed must be between 0 and 2\*\*32 - 1, got {seed}"):
+            with self.assertRaisesRegex(ValueError, r"Seed must be between 0 and 2\*\*32 - 1"):
                 set_seed(seed)
 
     def test_deterministic_kernels_can_be_switched_on_and_off(self) -> None:

@@ -270,13 +270,12 @@ class Run(ScriptCase):
         weights = tb.load_checkpoint(best)["model_state_dict"]
         for name, value in trainers[0].model.state_dict().items():
             torch.testing.assert_close(value, weights[name])
-        self.assertIn(f"initial weights: {len(weights)} of {len(weights)} tensors from {best}\n", out)
+        self.assertIn(f"initial weights from {best}; left as they were: none\n", out)
         *_, bias = weights
         wider = torch.cat([weights[bias], torch.zeros(1)])
         tb.save_checkpoint({"model_state_dict": weights | {bias: wider}}, "wider.pt")
         _, out, _ = call(*SMALL, "--init-from", "wider.pt", "--output", "c", "--dry-run")
-        self.assertIn(f"initial weights: {len(weights) - 1} of {len(weights)} tensors from wider.pt\n", out)
-        self.assertIn(f"    not there, or of another shape: {bias}\n", out)
+        self.assertIn(f"initial weights from wider.pt; left as they were: {bias}\n", out)
         self.refused(*SMALL, "--model", "cnn", "--init-from", best, text="none of its weights fits")
         tb.save_checkpoint({"epoch": 1}, "other.pt")
         self.refused(*SMALL, "--init-from", "other.pt", text="none of its weights fits")
@@ -312,7 +311,12 @@ class Run(ScriptCase):
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 script.print_result(args, result | {"accuracy_by_class": shares}, report)
             lines = out.getvalue().splitlines()
-            self.assertEqual((lines[2], lines[4:]), (line, ["advice: Train\\x1b[2J longer.", "drawn"]))
+            self.assertEqual((lines[3], lines[6:]), (line, ["advice: Train\\x1b[2J longer.", "drawn"]))
+        shares = {str(i): 0.98 for i in range(10)}
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            script.print_result(args, result | {"accuracy_by_class": shares}, report)
+        self.assertIn("by class: 0 98.0%  1 98.0%  2 98.0%  3 98.0%  4 98.0%\n          5 98.0%  6 ", out.getvalue())
+        self.assertLessEqual(max(map(len, out.getvalue().splitlines())), 60)
 
     def test_a_run_that_is_interrupted_or_fails_says_so_in_its_report_until_it_goes_on(self) -> None:
         run = self.run_interrupted("a", 13)

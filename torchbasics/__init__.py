@@ -1,6 +1,6 @@
 """torchbasics: what people copy first when a PyTorch project begins, on torch and torchvision alone."""
 
-from .checkpoint import CheckpointError, load_checkpoint, load_latest, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, load_initial_weights, load_latest, save_checkpoint
 from .data import (
     CustomDataset,
     Images,
@@ -42,7 +42,7 @@ from .models import (
 )  # fmt: skip
 from .monitors import GradientMonitor, check_nan_inf, find_nonfinite
 from .optim import averaged_copy, param_groups, warmup_cosine_scheduler, warmup_lr_scheduler
-from .run import RunDirectory
+from .run import RunDirectory, saved_options
 from .trainer import Interrupted, NonFiniteLoss, Trainer
 
 __version__ = "0.2.0"
@@ -53,7 +53,7 @@ __all__ = [
     "TensorLoader", "Trainer", "averaged_copy", "cache_cpu_memory", "channel_statistics", "check_nan_inf",
     "check_pytorch_environment", "compute_accuracy", "count_parameters", "count_parameters_by_layer", "device_name",
     "draw_digits", "evaluate", "find_nonfinite", "freeze", "get_transforms", "init_weights", "load_checkpoint",
-    "load_images", "load_latest", "load_mnist", "load_splits", "make_model", "pad_collate", "param_groups",
-    "pick_device", "pick_precision", "predict", "predict_all", "read_image", "save_checkpoint", "set_seed",
-    "split_dataset", "unfreeze", "warmup_cosine_scheduler", "warmup_lr_scheduler",
+    "load_images", "load_initial_weights", "load_latest", "load_mnist", "load_splits", "make_model", "pad_collate",
+    "param_groups", "pick_device", "pick_precision", "predict", "predict_all", "read_image", "save_checkpoint",
+    "saved_options", "set_seed", "split_dataset", "unfreeze", "warmup_cosine_scheduler", "warmup_lr_scheduler",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class CheckpointError(ValueError):
@@ -225,6 +225,20 @@ def load_latest(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]] | None
     if problems:
         raise CheckpointError(f"{problems[0]} (none of the {len(problems)} checkpoints in {folder} can be used)")
     return None
+
+
+def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> list[str]:
+    """Start `model` from the weights in the checkpoint at `path`; return the names of those that stay as they are.
+
+    A weight is loaded if the file has one of the same name and shape. Raises ValueError if no weight fits.
+    """
+    loaded, own = load_checkpoint(path), model.state_dict()
+    weights = loaded.get("model_state_dict", loaded)  # or a bare state dict
+    fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
+    if not fitting:
+        raise ValueError(f"{path}: none of its weights fits the model")
+    model.load_state_dict(fitting, strict=False)
+    return [name for name in own if name not in fitting]
 
 
 def weights_hash(state_dict: Mapping[str, Any]) -> str:

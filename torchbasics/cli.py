@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 
@@ -40,6 +40,20 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--") and word.endswith("=--"):
                 self.error(f"argument {word[:-3]}: expected a value, got '--'")
         return super().parse_known_args(args, namespace)
+
+    def parse_resumed(self, argv: Sequence[str] | None, saved: Mapping[str, Any], free: Container[str]) -> Any:
+        """Parse the options of a resumed run: `saved` ones are the defaults, and only those in `free` may differ.
+
+        Raises ValueError for another one that differs.
+        """
+        self.set_defaults(**saved)
+        args = self.parse_args(argv)
+        for name, before in saved.items():
+            now = getattr(args, name)
+            if name not in free and now != before:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} {now} differs from the run's {before}; leave it out, or start a new run")
+        return args
 
     def error(self, message: str) -> Any:
         """Print `message` and exit with code 2."""

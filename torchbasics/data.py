@@ -86,14 +86,12 @@ def load_splits(
     return Splits(train, val, load_images(name, data_dir, train=False), name, notice)
 
 
-def _choose(name: str, data_dir: str | os.PathLike, download: bool = True) -> tuple[str, str]:
+def _choose(name: str, data_dir: str | os.PathLike) -> tuple[str, str]:
     """Return the name of the data set that `name` stands for, and a notice if drawn digits replace MNIST."""
     if name != "auto":
         return name, ""
     try:
         if not mnist.is_present("mnist", data_dir):  # incomplete or damaged files are an error for `load_images`
-            if not download:
-                raise FileNotFoundError("a download is not allowed")
             mnist.download_mnist("mnist", data_dir)
     except OSError as error:  # no network, or no place for the files
         reason = str(error).partition(";")[0]
@@ -120,29 +118,21 @@ def channel_statistics(inputs: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def load_mnist(
-    batch_size: int = 64,
-    data_dir: str | os.PathLike = "./data",
-    *,
-    name: str = "mnist",
-    augment: bool = False,
-    device: torch.device | str = "cpu",
-    seed: int = 42,
-    download: bool = True,
-) -> tuple[TensorLoader, TensorLoader]:
+    batch_size: int = 64, data_dir: str | os.PathLike = "./data", *, name: str = "mnist",
+    device: torch.device | str = "cpu", seed: int = 42,
+) -> tuple[TensorLoader, TensorLoader]:  # fmt: skip
     """Return loaders of the normalised training images (shuffled) and test images: (train, test).
 
-    `name` is one that `load_images` knows, or `auto`, as in `load_splits`; its notice is printed. `augment` applies
-    `RandomAffine()` to the training images.
+    `name` is one that `load_images` knows, or `auto`, as in `load_splits`; its notice is printed.
     """
-    name, notice = _choose(name, data_dir, download)
+    name, notice = _choose(name, data_dir)
     if notice:
         print(notice)
-    train, test = (load_images(name, data_dir, part, download) for part in (True, False))
+    train, test = load_images(name, data_dir), load_images(name, data_dir, train=False)
     mean, std = NORMALISATION.get(name) or channel_statistics(train.inputs)
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "mean": mean, "std": std}
-    affine = RandomAffine() if augment else None
     return (
-        TensorLoader(train.inputs, train.targets, shuffle=True, seed=seed, augment=affine, **options),
+        TensorLoader(train.inputs, train.targets, shuffle=True, seed=seed, **options),
         TensorLoader(test.inputs, test.targets, **options),
     )
 
@@ -177,15 +167,11 @@ class RandomAffine:
         if self.scale:
             size = (1 + self.scale * draws[:, 3:5])[:, :, None, None]  # of the part that the output shows
             across, down = across * size, down * size
-        x = _pixel_centres(width, inputs.device)  # (W,)
-        y = _pixel_centres(height, inputs.device)[:, None]  # (H, 1)
+        # The centres of the output's pixels, x (W,) and y (H,).
+        x, y = (torch.arange(1, 2 * n, 2, device=inputs.device).float() / n - 1 for n in (width, height))
         # F.affine_grid makes the same grid, but takes three times as long as grid_sample.
-        grid = torch.addcmul(torch.addcmul(shift[:, :, None, None], down, y), across, x)  # (B, 2, H, W)
+        grid = torch.addcmul(torch.addcmul(shift[:, :, None, None], down, y[:, None]), across, x)  # (B, 2, H, W)
         return F.grid_sample(inputs, grid.permute(0, 2, 3, 1), padding_mode="zeros", align_corners=False)
-
-
-def _pixel_centres(size: int, device: torch.device) -> Tensor:
-    return torch.arange(1, 2 * size, 2, device=device).float() / size - 1
 
 
 def mix_seed(*numbers: int) -> int:
@@ -200,12 +186,11 @@ class TensorLoader:
     The inputs lie on `device`, so that a batch is one indexing operation, without workers and copies. The targets stay
     on the host, where they can be counted without waiting for the device. uint8 inputs are images: they become float32
     from 0 to 255, are augmented, scaled to 0 to 1 and normalised by `mean` and `std` (one number, or one per channel).
-    Other inputs pass as they are. After a whole iteration the next one is the next epoch, with `shuffle` in another
-    order. `limit_batches` shortens epochs.
+    Other inputs pass as they are. Each whole iteration is an epoch, with `shuffle` in another order than the last.
 
     `batch_size` is that of all processes together: each gets its equal part, so the batches do not depend on how many
-    there are. A smaller last batch is divided as equally as possible, and a process whose part is empty gets no batch
-    for it. With `world_size=1` every process reads the whole data set.
+    there are. A process whose part of a smaller last batch is empty gets no batch for it. With `world_size=1` every
+    process reads the whole data set.
 
     >>> loader = TensorLoader(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10), batch_size=4)
     >>> [tuple(inputs.shape) for inputs, targets in loader]
@@ -213,32 +198,18 @@ class TensorLoader:
     """
 
     def __init__(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        batch_size: int = 64,
-        *,
-        shuffle: bool = False,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        mean: Sequence[float] = (0.0,),
-        std: Sequence[float] = (1.0,),
-        augment: RandomAffine | None = None,
-        drop_last: bool = False,
-        limit_batches: int | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ) -> None:
+        self, inputs: Tensor, targets: Tensor, batch_size: int = 64, *,
+        shuffle: bool = False, seed: int = 0, drop_last: bool = False, limit_batches: int | None = None,
+        device: torch.device | str = "cpu", mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,),
+        augment: RandomAffine | None = None, world_size: int | None = None,
+    ) -> None:  # fmt: skip
         if len(inputs) != len(targets):
             raise ValueError(f"{len(inputs)} inputs for {len(targets)} targets; expected as many")
         self.is_image = inputs.dtype == torch.uint8
         if not self.is_image and (any(mean) or set(std) != {1.0}):
             raise ValueError(f"mean and std are for uint8 images, got {inputs.dtype}; normalise those yourself")
         self.world_size = distributed.world_size() if world_size is None else world_size
-        if rank is None:
-            rank = distributed.rank() if self.world_size > 1 else 0
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank must be between 0 and world_size - 1, got {rank} of {self.world_size}")
+        self.rank = distributed.rank() if self.world_size > 1 else 0
         if batch_size < 1 or batch_size % self.world_size:
             raise ValueError(f"batch_size must be a multiple of the {self.world_size} processes, got {batch_size}")
         self.num_batches = len(inputs) // batch_size if drop_last else -(-len(inputs) // batch_size)
@@ -251,7 +222,6 @@ class TensorLoader:
         self.shuffle = shuffle
         self.seed = seed
         self.augment = augment
-        self.rank = rank
         self.device = torch.device(device)
         self.inputs = inputs.to(self.device)
         self.targets = targets.cpu()
@@ -278,7 +248,11 @@ class TensorLoader:
         return slice(size * self.rank // self.world_size, size * (self.rank + 1) // self.world_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch, order = self.epoch, self._order()
+        epoch = self.epoch
+        order = torch.arange(len(self.targets), device="cpu")
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+            order = torch.randperm(len(self.targets), generator=generator, device="cpu")
         self._given, self._start = self._start, 0
         for number in range(self._given, self.num_batches):
             samples = order[number * self.batch_size : (number + 1) * self.batch_size]  # of all processes
@@ -297,13 +271,6 @@ class TensorLoader:
                 yield inputs, self.targets.index_select(0, own)
         self.set_epoch(epoch + 1)
 
-    def _order(self) -> Tensor:
-        """Return the indices of the samples in the order of this epoch, int64 (N,), on the host."""
-        if not self.shuffle:
-            return torch.arange(len(self.targets), device="cpu")
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        return torch.randperm(len(self.targets), generator=generator, device="cpu")
-
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of `epoch`."""
         self.epoch = epoch
@@ -321,20 +288,18 @@ class TensorLoader:
         self._given = self._start = state["batch"]
 
 
-def read_image(path: str | os.PathLike, mode: str | None = None, max_pixels: int = 80_000_000) -> Image.Image:
+def read_image(path: str | os.PathLike, mode: str | None = None) -> Image.Image:
     """Return the image in the file at `path` as a PIL image with 8 bits per channel, turned upright as its EXIF says.
 
     `mode` is "L" (grey), "RGB", or None for its own. Raises DataError, which names the file, if this is not a regular
-    file that holds a whole image in one of FORMATS with at most `max_pixels` pixels.
+    file that holds a whole image in one of FORMATS, or if it has more pixels than PIL allows (179 million).
     """
     from PIL import Image, ImageOps
 
     try:
         if not Path(path).is_file():  # a pipe would wait for ever
             raise ValueError("no such file" if not Path(path).exists() else "not a regular file")
-        with Image.open(path, formats=FORMATS) as image:  # reads the header only
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width}×{image.height} pixels, at most {max_pixels:,} are allowed")
+        with Image.open(path, formats=FORMATS) as image:
             upright = _to_eight_bits(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL raises nearly anything on a broken file
         raise DataError(f"{path}: not a readable image ({str(error) or type(error).__name__})") from error
@@ -357,11 +322,9 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def split_dataset(
-    dataset: Dataset,
-    fractions: Sequence[float] = (0.8, 0.1, 0.1),
-    seed: int = 42,
+    dataset: Dataset, fractions: Sequence[float] = (0.8, 0.1, 0.1), seed: int = 42,
     labels: Sequence[int] | Tensor | None = None,
-) -> list[Subset]:
+) -> list[Subset]:  # fmt: skip
     """Split `dataset` at random into disjoint parts; with `labels`, the classes of its samples, each class alike.
 
     The sizes of the parts are their `fractions` of the whole to less than one sample, of each class to less than two.
@@ -371,9 +334,9 @@ def split_dataset(
     generator = torch.Generator().manual_seed(seed)
     if labels is None:
         return random_split(dataset, fractions, generator=generator)
-    labels = torch.as_tensor(labels)
-    if len(labels) != len(dataset):  # type: ignore[arg-type]
-        raise ValueError(f"{len(labels)} labels for {len(dataset)} samples; expected as many")  # type: ignore[arg-type]
+    labels, size = torch.as_tensor(labels), len(dataset)  # type: ignore[arg-type]
+    if len(labels) != size:
+        raise ValueError(f"{len(labels)} labels for {size} samples; expected as many")
     by_class = [(labels == label).nonzero().flatten() for label in labels.unique()]
     shuffled = torch.cat([members[torch.randperm(len(members), generator=generator)] for members in by_class])
     parts: list[list[int]] = [[] for _ in fractions]
@@ -422,11 +385,9 @@ class CustomDataset(Dataset):
     """
 
     def __init__(
-        self,
-        data: Sequence | Tensor | np.ndarray,
-        labels: Sequence | Tensor | np.ndarray,
+        self, data: Sequence | Tensor | np.ndarray, labels: Sequence | Tensor | np.ndarray,
         transform: Callable | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if len(data) != len(labels):
             raise ValueError(f"{len(data)} samples for {len(labels)} labels; expected as many")
         self.data = data

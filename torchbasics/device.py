@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
 
@@ -23,9 +22,6 @@ def pick_device(name: str = "auto") -> torch.device:
     """Return the device called `name`: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`; `auto` is the accelerator, else the CPU.
 
     Raise ValueError if torch does not know the device or it is not available here.
-
-    >>> pick_device("cpu")
-    device(type='cpu')
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
@@ -58,24 +54,22 @@ def bf16_is_native(device: torch.device) -> bool:
     return device.type == "xpu"
 
 
-def cpu_seconds() -> tuple[float, float, float]:
-    """Return seconds: the time, what all programs have computed on all cores, and what this process has.
+def cpu_seconds() -> tuple[float, float]:
+    """Return seconds: the time, and how long other programs have computed on all cores so far.
 
     The second is known on Linux only, and 0 elsewhere. Programs that give way to others (`nice`) do not count.
     """
-    try:
-        with open("/proc/stat", encoding="ascii") as file:
-            _, user, _, system, *_ = file.readline().split()
-        everything = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-    except OSError:
-        everything = 0.0
-    return time.monotonic(), everything, time.process_time()
+    others = 0.0
+    with contextlib.suppress(OSError), open("/proc/stat", encoding="ascii") as file:
+        _, user, _, system, *_ = file.readline().split()
+        others = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK") - time.process_time()
+    return time.monotonic(), others
 
 
-def busy_cores(since: tuple[float, float, float]) -> float:
+def busy_cores(since: tuple[float, float]) -> float:
     """Return how many cores other programs have used on average `since` an earlier `cpu_seconds()`, 0.0 if unknown."""
-    seconds, everything, own = (now - before for now, before in zip(cpu_seconds(), since, strict=True))
-    return max(everything - own, 0.0) / max(seconds, 0.1)
+    seconds, others = (now - before for now, before in zip(cpu_seconds(), since, strict=True))
+    return max(others, 0.0) / max(seconds, 0.1)
 
 
 def pick_precision(name: str = "auto", device: torch.device | str = "cpu") -> str:
@@ -91,15 +85,15 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     """Return `torch.autocast` for `precision` on `device`; for `fp32` a context that changes nothing."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=AUTOCAST_DTYPES[precision])
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 def cache_cpu_memory() -> bool:
     """Make glibc keep the memory of freed tensors for the next ones, as torch does on accelerators.
 
-    By default it returns large blocks to the system, and every training step has to take them again, page by page: a
-    quarter of a step of MNISTNet. The price: the process stays as large as it once was (glibc manual, mallopt). Return
-    False if the C library is another one, or if the user has set malloc's own variables.
+    By default it returns large blocks to the system, and every training step has to take them again: a quarter of a
+    step of MNISTNet. The price: the process stays as large as it once was (glibc manual, mallopt). Return False if the
+    C library is another one, or if the user has set malloc's own variables.
     """
     if any(name in os.environ for name in MALLOC_VARIABLES):
         return False
@@ -115,9 +109,8 @@ def set_seed(seed: int = 42, deterministic: bool = False) -> None:
     """Seed the global generators of Python, NumPy (if it is loaded) and torch, on all devices.
 
     `deterministic=True` also makes torch choose deterministic kernels, or raise where there is none; False ends that.
+    Raise ValueError for a seed outside 0 to 2**32 - 1, which NumPy refuses.
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
     random.seed(seed)
     torch.manual_seed(seed)
     if "numpy" in sys.modules:
@@ -133,10 +126,11 @@ def random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of all global generators as tensors and plain values, which `weights_only` loading accepts."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state(*_index(device))
+        index = () if device.type == "mps" else (device,)  # MPS has one device, and its functions take none
+        state[device.type] = torch.get_device_module(device).get_rng_state(*index)
     if "numpy" in sys.modules:
-        name, keys, position, has_gauss, gauss = sys.modules["numpy"].random.get_state()
-        state["numpy"] = (str(name), keys.tolist(), int(position), int(has_gauss), float(gauss))
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (name, keys.tolist(), *rest)
     return state
 
 
@@ -145,14 +139,10 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"].cpu())
     if device.type in state:
-        torch.get_device_module(device).set_rng_state(state[device.type].cpu(), *_index(device))
+        index = () if device.type == "mps" else (device,)
+        torch.get_device_module(device).set_rng_state(state[device.type].cpu(), *index)
     if "numpy" in state and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(state["numpy"])
-
-
-def _index(device: torch.device) -> tuple[torch.device, ...]:
-    """Return the argument that selects `device`, which need not be the current one. MPS has one device and no index."""
-    return () if device.type == "mps" else (device,)
 
 
 @contextlib.contextmanager

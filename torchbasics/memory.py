@@ -14,7 +14,7 @@ import tempfile
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,8 @@ class MemoryTracker:
     def phase(self, name: str) -> Iterator[None]:
         """Record in `peaks[name]` the most bytes held at once inside, beyond those held when the phase began.
 
-        A repeated phase keeps its highest peak; one that raises records nothing. On CUDA and XPU the allocator counts,
-        and its peak statistics are reset. On a CPU `torch.profiler` counts (about 10 ms per phase), so no other profile
-        may be running. Raise RuntimeError inside another phase.
+        A repeated phase keeps its highest peak. On accelerators the allocator counts: its peak statistics are reset. On
+        a CPU `torch.profiler` counts, so no other profile may be running. Raise RuntimeError inside another phase.
         """
         if not _phase_lock.acquire(blocking=False):
             raise RuntimeError(f"phase {name!r} begins inside another phase; phases must not overlap")
@@ -82,18 +81,14 @@ class MemoryTracker:
         """Return the memory in use now, in bytes, on `device`: by default the current accelerator, else the CPU.
 
         CUDA and XPU: `allocated` to tensors, `peak_allocated`, `reserved` from the driver, `available`, `total`.
-        MPS: `allocated`, `reserved`, `total` (as recommended). CPU, on Linux only: `resident` and `peak_resident` of
-        this process, `available` and `total` of the machine (a container may have less).
+        MPS: `allocated`, `reserved`. CPU, on Linux only: `resident` and `peak_resident` of this process, `available`
+        and `total` of the machine (a container may have less).
         """
         device = _choose_device(device)
         if device.type == "cpu":
             return _process_memory()
         if device.type == "mps":
-            return {
-                "allocated": torch.mps.current_allocated_memory(),
-                "reserved": torch.mps.driver_allocated_memory(),
-                "total": torch.mps.recommended_max_memory(),
-            }
+            return {"allocated": torch.mps.current_allocated_memory(), "reserved": torch.mps.driver_allocated_memory()}
         allocator = torch.get_device_module(device)
         free, total = allocator.mem_get_info(device)
         allocated, reserved = allocator.memory_allocated(device), allocator.memory_reserved(device)
@@ -107,32 +102,26 @@ class MemoryTracker:
 
     @staticmethod
     def estimate_model_memory(
-        model: nn.Module,
-        optimizer: Optimizer | None = None,
-        input_shape: Sequence[int] | None = None,
-        *,
+        model: nn.Module, optimizer: Optimizer | None = None, input_shape: Sequence[int] | None = None, *,
         dtype: torch.dtype = torch.float32,
-    ) -> dict[str, int]:
+    ) -> dict[str, int]:  # fmt: skip
         """Return what training `model` takes, in bytes (not MB), by part and in total.
 
         - `parameters`, `buffers`, and `gradients` of the parameters that are not frozen.
-        - `optimizer`: the state that `optimizer` keeps for its parameters: nothing for SGD, once their size with
-          momentum, twice for Adam. 0 without an optimizer.
-        - `inputs`: a batch of `input_shape` (B, …) and `dtype`; `torch.long` for a model that begins with an embedding.
+        - `optimizer`: the state that `optimizer` keeps for its parameters, such as two averages for Adam.
+        - `inputs`: a batch of `input_shape` (B, …) and `dtype`: `torch.long` for a model that begins with an embedding.
           Without `input_shape` this and the next two are 0.
         - `activations`: what a forward pass leaves for backward: the tensors that autograd saves and the outputs,
           without parameters, buffers and inputs. Tensors that share a storage count once.
         - `temporary`: an allowance for what comes and goes in a step: in backward the gradients of the outputs and of
           the largest activation; in the optimizer's step, when activations are gone, one parameter's state once more.
-        - `total`: their sum, which assumes that all gradients are alive beside all activations, as in accumulation.
+        - `total`: their sum. It assumes that all gradients are alive beside all activations, as in accumulation.
 
         The activations are those of a batch of 2 and one of 4, all ones, extrapolated to B. They run in training mode
-        on a copy that shares the parameters: modes, buffers and torch's random state stay as they are. For mixed
-        precision call this inside `torch.autocast`. Pass the bare model, not its DDP wrapper. A model on the meta
-        device takes no memory. Not included: the loss, and CUDA's context and workspaces.
-
-        Compared with torch.profiler on a CPU (18 small models, with 3 optimizers and without; torch 2.14): activations
-        1.00 to 1.02 times those allocated, totals 0.81 to 1.36 times the peak. `tests/test_memory.py` repeats five.
+        on a copy that shares the parameters. For mixed precision call this inside `torch.autocast`. Pass the bare
+        model, not its DDP wrapper; on the meta device it takes no memory. Not included: the loss, and CUDA's context
+        and workspaces. On a CPU (18 small models) activations were 1.00 to 1.02 times those that torch.profiler saw,
+        totals 0.81 to 1.36 times the peak.
         """
         if input_shape is None:
             parts = _fixed_parts(model, optimizer) | {"inputs": 0, "activations": 0, "temporary": 0}
@@ -141,19 +130,14 @@ class MemoryTracker:
 
     @staticmethod
     def find_batch_size(
-        model: nn.Module,
-        optimizer: Optimizer | None,
-        sample_shape: Sequence[int],
-        budget: int | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        max_batch_size: int = 65536,
-    ) -> int:
+        model: nn.Module, optimizer: Optimizer | None, sample_shape: Sequence[int], budget: int | None = None, *,
+        dtype: torch.dtype = torch.float32, max_batch_size: int = 65536,
+    ) -> int:  # fmt: skip
         """Return the largest batch size whose estimated total fits into `budget` bytes, without trying it out.
 
-        `sample_shape` is the shape of one input, without the batch dimension. `budget` has to hold everything, the
-        model too; by default it is 90% of the memory available on the model's device, and what the model occupies
-        already. Raise ValueError if not even one sample fits, or if the available memory is not known.
+        `sample_shape` is the shape of one input, without the batch dimension. `budget` includes the model; by default
+        it is 90% of the memory available on the model's device, and what the model occupies already. Raise ValueError
+        if not even one sample fits, or if the available memory is not known.
         """
         estimate = _estimator(model, optimizer, sample_shape, dtype)
         if budget is None:
@@ -218,8 +202,8 @@ def _measure_forward(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtyp
     with keep_random_state, torch.enable_grad(), hooks:
         outputs = _tensors(model(inputs))
     alive = [tensor for tensor in [reference() for reference in saved] if tensor is not None]
-    activations = _storages([*alive, *outputs]) - _storages([*model.parameters(), *model.buffers(), inputs])
-    sizes = [storage.nbytes() for storage in activations]
+    others = {tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers(), inputs]}
+    sizes = [storage.nbytes() for storage in {tensor.untyped_storage() for tensor in [*alive, *outputs]} - others]
     return {
         "inputs": inputs.nbytes,
         "activations": sum(sizes),
@@ -249,10 +233,6 @@ def _state_after_one_step(optimizer: Optimizer, group: dict[str, Any], parameter
     other.state = defaultdict(dict)
     other.step()
     return other.state[twin]
-
-
-def _storages(tensors: Iterable[Tensor]) -> set[torch.UntypedStorage]:
-    return {tensor.untyped_storage() for tensor in tensors}
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -289,8 +269,7 @@ def _process_memory() -> dict[str, int]:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    first = next(chain(model.parameters(), model.buffers()), torch.empty(0))
-    return first.device
+    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
 
 
 def _choose_device(device: torch.device | str | None) -> torch.device:

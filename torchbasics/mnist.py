@@ -33,8 +33,8 @@ CLASSES = {
         "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
     ),
     "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
-}
-MNIST_MD5 = {
+}  # fmt: skip
+MNIST_MD5 = {  # of the four files, which have the same names in each data set
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
@@ -46,52 +46,45 @@ class DataError(ValueError):
     """Data that cannot be used. The message says which file, what is wrong with it and what to do."""
 
 
-def mnist_files(name: str, data_dir: str | os.PathLike, train: bool = True) -> tuple[Path, Path]:
-    """Return where the images and the labels of one part belong."""
+def mnist_files(name: str, data_dir: str | os.PathLike) -> list[Path]:
+    """Return where the four files of a data set belong, in the order of MNIST_MD5."""
     if name not in FOLDERS:
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(FOLDERS)}")
-    raw = Path(data_dir) / FOLDERS[name] / "raw"
-    part = "train" if train else "t10k"
-    return raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"
+    return [Path(data_dir) / FOLDERS[name] / "raw" / file for file in MNIST_MD5]
 
 
 def is_present(name: str, data_dir: str | os.PathLike) -> bool:
     """Return whether any of the four files is there, whole or damaged."""
-    return any(path.exists() for train in (True, False) for path in mnist_files(name, data_dir, train))
+    return any(path.exists() for path in mnist_files(name, data_dir))
 
 
 def read_mnist(
-    name: str, data_dir: str | os.PathLike = "./data", train: bool = True, download: bool = True
+    name: str, data_dir: str | os.PathLike, train: bool = True, download: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Return the images, uint8 (N, 1, 28, 28), and labels, int64 (N,), of the training or the test part.
 
     Every file is verified, those of MNIST by their MD5. Raises DataError if one is damaged, FileNotFoundError if one is
     missing and `download` is False, and otherwise what `download_mnist` raises.
     """
-    images_path, labels_path = mnist_files(name, data_dir, train)
-    missing = [path for path in (images_path, labels_path) if not path.exists()]
+    images, labels = mnist_files(name, data_dir)[:2] if train else mnist_files(name, data_dir)[2:]
+    missing = [path for path in (images, labels) if not path.exists()]
     if missing and not download:
         raise FileNotFoundError(f"{missing[0]} is missing; allow the download, or name the right data directory")
     if missing:
         download_mnist(name, data_dir)
-    md5 = MNIST_MD5 if name == "mnist" else {}
-    images = _read_idx(images_path, (28, 28), md5.get(images_path.name))  # (N, 28, 28)
-    labels = _read_idx(labels_path, (), md5.get(labels_path.name))  # (N,)
-    return images.unsqueeze(1), labels.long()
+    is_mnist = name == "mnist"
+    return _read_idx(images, (28, 28), is_mnist).unsqueeze(1), _read_idx(labels, (), is_mnist).long()
 
 
-def _read_idx(path: Path, shape: tuple[int, ...], md5: str | None) -> Tensor:
-    """Return the values of an IDX file, uint8 (N, *shape), after comparing its header and its MD5 (if given)."""
+def _read_idx(path: Path, shape: tuple[int, ...], is_mnist: bool) -> Tensor:
+    """Return the values of an IDX file, uint8 (N, *shape), after comparing its header and its MD5, if that is known."""
     content = bytearray(path.read_bytes())
-    start = 8 + 4 * len(shape)  # the header: magic number, N, shape, each a big-endian uint32
+    start = 8 + 4 * len(shape)  # the header: magic number, N, shape, each a big-endian int32
     count, rest = divmod(len(content) - start, math.prod(shape))
-    problem = ""
-    if count < 1 or rest or content[:start] != struct.pack(f">{start // 4}I", 0x801 + len(shape), count, *shape):
-        problem = f"its header does not fit its size of {len(content):,} bytes"
-    elif md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        problem = f"its MD5 is not {md5}"
-    if problem:
-        raise DataError(f"{path} is damaged: {problem}; delete the file to have it downloaded again")
+    header = struct.pack(f">{start // 4}i", 0x801 + len(shape), count, *shape)
+    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if count < 1 or rest or content[:start] != header or (is_mnist and md5 != MNIST_MD5[path.name]):
+        raise DataError(f"{path} is damaged (size, header or MD5); delete the file to have it downloaded again")
     return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(count, *shape)
 
 
@@ -102,7 +95,7 @@ def download_mnist(name: str, data_dir: str | os.PathLike) -> None:
     other OSError if `data_dir` cannot be written.
     """
     torchvision = import_torchvision()
-    files = [path for train in (True, False) for path in mnist_files(name, data_dir, train)]
+    files = mnist_files(name, data_dir)
     raw = files[0].parent
     raw.mkdir(parents=True, exist_ok=True)
     # the lock file stays, since removing it could let two processes in

@@ -58,12 +58,10 @@ class NeuralNetwork(nn.Module):
         super().__init__()
         _check_sizes(num_inputs, num_outputs)
         self.layers = nn.Sequential(
-            nn.Linear(num_inputs, 30),
-            nn.ReLU(),
-            nn.Linear(30, 20),
-            nn.ReLU(),
+            nn.Linear(num_inputs, 30), nn.ReLU(),
+            nn.Linear(30, 20), nn.ReLU(),
             nn.Linear(20, num_outputs),
-        )
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x.flatten(1))  # (B, num_inputs) -> (B, num_outputs)
@@ -80,16 +78,10 @@ class MLP(nn.Module):
         super().__init__()
         _check_sizes(input_dim, hidden_dim, output_dim)
         self.layers = nn.Sequential(
-            nn.Linear(input_dim, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
-            nn.ReLU(),
-            nn.Dropout(dropout),
+            nn.Linear(input_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(hidden_dim, output_dim),
-        )
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x.flatten(1))  # (B, input_dim) -> (B, output_dim)
@@ -98,31 +90,21 @@ class MLP(nn.Module):
 class CNN(nn.Module):
     """Two convolutions of 32 and 64 channels, each with BatchNorm, ReLU and pooling, then two linear layers.
 
-    Pooling comes before ReLU: the values are the same in either order, and ReLU has a quarter of the work.
-
-    Input: floats (B, in_channels, image_size, image_size). Output: logits (B, num_classes). `image_size`, in pixels, is
-    a multiple of 4.
+    Pooling comes before ReLU: the values are the same in either order, and ReLU has a quarter of the work. Input:
+    floats (B, in_channels, image_size, image_size), `image_size` a multiple of 4. Output: logits (B, num_classes).
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28, dropout: float = 0.5) -> None:
         super().__init__()
         _check_image_model(num_classes, in_channels, image_size)
         self.features = nn.Sequential(
-            nn.Conv2d(in_channels, 32, 3, padding=1),  # (B, 32, 28, 28)
-            nn.BatchNorm2d(32),
-            nn.MaxPool2d(2),  # (B, 32, 14, 14)
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1),  # (B, 64, 14, 14)
-            nn.BatchNorm2d(64),
-            nn.MaxPool2d(2),  # (B, 64, 7, 7)
-            nn.ReLU(),
-        )
+            nn.Conv2d(in_channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.MaxPool2d(2), nn.ReLU(),  # (B, 32, 14, 14)
+            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.MaxPool2d(2), nn.ReLU(),  # (B, 64, 7, 7)
+        )  # fmt: skip
         self.classifier = nn.Sequential(
-            nn.Linear(64 * (image_size // 4) ** 2, 128),
-            nn.ReLU(),
-            nn.Dropout(dropout),
+            nn.Linear(64 * (image_size // 4) ** 2, 128), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(128, num_classes),
-        )
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (B, 64, 7, 7)
@@ -142,31 +124,24 @@ class MNISTNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_image_model(num_classes, in_channels, image_size)
-        self.block1 = self.block(in_channels, 32, dropout)
-        self.block2 = self.block(32, 64, dropout)
+        self.block1 = nn.Sequential(
+            nn.Conv2d(in_channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Dropout2d(dropout),
+        )  # fmt: skip
+        self.block2 = nn.Sequential(
+            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Dropout2d(dropout),
+        )  # fmt: skip
         self.classifier = nn.Sequential(
-            nn.Linear(64 * (image_size // 4) ** 2, 256),
-            nn.ReLU(),
-            nn.Dropout(dropout),
+            nn.Linear(64 * (image_size // 4) ** 2, 256), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(256, num_classes),
-        )
+        )  # fmt: skip
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-
-    @staticmethod
-    def block(in_channels: int, channels: int, dropout: float) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(in_channels, channels, 3, padding=1),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.BatchNorm2d(channels),
-            nn.MaxPool2d(2),
-            nn.ReLU(),
-            nn.Dropout2d(dropout),
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block1(x)  # (B, 32, 14, 14)
@@ -177,9 +152,9 @@ class MNISTNet(nn.Module):
 class FastNet(nn.Module):
     """Two small convolutions and two linear layers: 99% on MNIST after a second of training.
 
-    On a CPU a small convolution takes far longer than its arithmetic would, so there are only two, without padding. The
-    first has a stride of 2 and is pooled at once, so that BatchNorm and ReLU have a quarter of the work. The default
-    network has 207,130 parameters. Input and output are those of `CNN`; `image_size` is at least 16.
+    On a CPU a small convolution takes far longer than its arithmetic would, so there are only two. The first has a
+    stride of 2 and is pooled at once, so that BatchNorm and ReLU have a quarter of the work. Input and output are those
+    of `CNN`; `image_size` is at least 16.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> None:
@@ -188,19 +163,13 @@ class FastNet(nn.Module):
         # no bias before BatchNorm, which would subtract it again
         self.features = nn.Sequential(
             nn.Conv2d(in_channels, 16, 5, stride=2, bias=False),  # (B, 16, 12, 12)
-            nn.MaxPool2d(2),  # (B, 16, 6, 6)
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 48, 3, bias=False),  # (B, 48, 4, 4)
-            nn.BatchNorm2d(48),
-            nn.ReLU(),
-        )
+            nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.ReLU(),  # (B, 16, 6, 6)
+            nn.Conv2d(16, 48, 3, bias=False), nn.BatchNorm2d(48), nn.ReLU(),  # (B, 48, 4, 4)
+        )  # fmt: skip
         self.classifier = nn.Sequential(
-            nn.Linear(48 * (image_size // 4 - 3) ** 2, 256, bias=False),
-            nn.BatchNorm1d(256),
-            nn.ReLU(),
+            nn.Linear(48 * (image_size // 4 - 3) ** 2, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU(),
             nn.Linear(256, num_classes),
-        )
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (B, 48, 4, 4)
@@ -212,41 +181,31 @@ class SmallVGG(nn.Module):
     """Five convolutions without padding, two poolings, then one linear layer.
 
     After VGG (Simonyan and Zisserman, 2014, arXiv:1409.1556), with BatchNorm. It is as accurate on MNIST as MNISTNet in
-    half the time: it has few channels where images are large and many where they are small, and it pools before
-    BatchNorm and ReLU, which then have a quarter of the work. `channels` are those of the five convolutions. `dropout`
-    is the rate before the linear layer; half that rate drops whole channels. The default network has 139,514
-    parameters. Input and output are those of `CNN`; `image_size` is at least 24.
+    half the time: it has few channels where images are large and many where they are small. `channels` are those of the
+    five convolutions. `dropout` is the rate before the linear layer; half that rate drops whole channels. Input and
+    output are those of `CNN`; `image_size` is at least 24.
     """
 
     def __init__(
-        self,
-        num_classes: int = 10,
-        in_channels: int = 1,
-        image_size: int = 28,
-        dropout: float = 0.2,
+        self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28, dropout: float = 0.2,
         channels: Sequence[int] = (16, 32, 64, 64, 128),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         _check_image_model(num_classes, in_channels, image_size, smallest=24)
         c1, c2, c3, c4, c5 = channels
+        # no bias before BatchNorm, which would subtract it again
         self.features = nn.Sequential(
-            *self.convolution(in_channels, c1),  # (B, 16, 26, 26)
-            *self.convolution(c1, c2, nn.MaxPool2d(2)),  # (B, 32, 12, 12)
+            nn.Conv2d(in_channels, c1, 3, bias=False), nn.BatchNorm2d(c1), nn.ReLU(),  # (B, 16, 26, 26)
+            nn.Conv2d(c1, c2, 3, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(c2), nn.ReLU(),  # (B, 32, 12, 12)
             nn.Dropout2d(dropout / 2),
-            *self.convolution(c2, c3),  # (B, 64, 10, 10)
-            *self.convolution(c3, c4, nn.MaxPool2d(2)),  # (B, 64, 4, 4)
+            nn.Conv2d(c2, c3, 3, bias=False), nn.BatchNorm2d(c3), nn.ReLU(),  # (B, 64, 10, 10)
+            nn.Conv2d(c3, c4, 3, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(c4), nn.ReLU(),  # (B, 64, 4, 4)
             nn.Dropout2d(dropout / 2),
-            *self.convolution(c4, c5),  # (B, 128, 2, 2)
+            nn.Conv2d(c4, c5, 3, bias=False), nn.BatchNorm2d(c5), nn.ReLU(),  # (B, 128, 2, 2)
             nn.Dropout2d(dropout / 2),
-        )
+        )  # fmt: skip
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(c5 * (image_size // 4 - 5) ** 2, num_classes)
-
-    @staticmethod
-    def convolution(in_channels: int, channels: int, *pooling: nn.Module) -> list[nn.Module]:
-        # no bias before BatchNorm, which would subtract it again
-        convolution = nn.Conv2d(in_channels, channels, 3, bias=False)
-        return [convolution, *pooling, nn.BatchNorm2d(channels), nn.ReLU()]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (B, 128, 2, 2)
@@ -290,8 +249,7 @@ class EnsembleModel(nn.Module):
     """Average the predictions of several models.
 
     For classifiers, whose logits have shape (B, C) with C >= 2, the output is the logarithm of the mean probability,
-    (B, C), which serves wherever logits do. Its log-loss is never above the members' mean log-loss (the linear opinion
-    pool, Stone, 1961). For outputs of any other shape, such as the (B, 1) of regression, the output is their mean.
+    (B, C), which serves wherever logits do. For outputs of any other shape, as in regression, it is their mean.
     """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
@@ -317,18 +275,15 @@ class ShiftedViews(nn.Module):
         height, width = x.shape[-2:]
         step = max(1, round(height / 28))
         padded = F.pad(x, (step,) * 4, mode="replicate")  # (B, C, H + 2 * step, W + 2 * step)
-        outputs = []
-        for top in (0, step, 2 * step):
-            for left in (0, step, 2 * step):
-                outputs.append(self.model(padded[..., top : top + height, left : left + width]))
-        return _mean_prediction(outputs)
+        starts = (0, step, 2 * step)
+        views = [padded[..., top : top + height, left : left + width] for top in starts for left in starts]
+        return _mean_prediction([self.model(view) for view in views])
 
 
 class CustomLoss(nn.Module):
     """Compute the mean squared error plus `weight` times the mean absolute error: a loss is a module like any other.
 
-    Input and target have the same shape; the output is a scalar. Raises ValueError for shapes that differ, because
-    (B, 1) and (B,) would broadcast to (B, B).
+    The output is a scalar. Raises ValueError for shapes that differ, because (B, 1) and (B,) would broadcast to (B, B).
     """
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -393,20 +348,17 @@ def count_parameters_by_layer(model: nn.Module, verbose: bool = True) -> dict[st
     """Return {layer name: number of parameter values}, frozen ones included, in the model's order.
 
     Shared parameters count at their first layer, so that the sum is `count_parameters(model, False)`. Parameters that
-    belong to the model itself have the name "". `verbose` prints a table with the sizes in FP32 and FP16, in KB of 1000
-    bytes.
+    belong to the model itself have the name "". `verbose` prints a table, with sizes in KB of 1000 bytes.
     """
-    counts: dict[str, int] = {}
-    rows: list[tuple[str, str, int]] = []  # (layer, type, parameters), as printed
-    seen: set[Tensor] = set()
-    for name, layer in model.named_modules():
-        own = [p for p in layer.parameters(recurse=False) if p not in seen]
-        if own:
-            seen.update(own)
-            counts[name] = sum(p.numel() for p in own)
-            frozen = "" if any(p.requires_grad for p in own) else " (frozen)"
-            rows.append((name or "(model)", type(layer).__name__ + frozen, counts[name]))
+    layers: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():  # each once
+        layers.setdefault(name.rpartition(".")[0], []).append(parameter)
+    counts = {layer: sum(p.numel() for p in own) for layer, own in layers.items()}
     if verbose:
+        rows = []  # (layer, type, parameters)
+        for layer, own in layers.items():
+            frozen = "" if any(p.requires_grad for p in own) else " (frozen)"
+            rows.append((layer or "(model)", type(model.get_submodule(layer)).__name__ + frozen, counts[layer]))
         rows.append(("total", "", sum(counts.values())))
         name_width = max(5, *(len(name) for name, _, _ in rows))
         kind_width = max(4, *(len(kind) for _, kind, _ in rows))

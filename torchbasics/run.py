@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from .checkpoint import make_folder, remove_unfinished, saved_steps, write_durably
+from .checkpoint import load_latest, make_folder, remove_unfinished, saved_steps, write_durably
 from .cli import printable
 from .evaluation import is_classification
 
@@ -107,6 +107,17 @@ class RunDirectory:
             self._table = _Table(trainer, num_epochs, train_loader)
             trainer.on_step_end.append(self._table.on_step_end)
             trainer.on_epoch_end.append(self._table.on_epoch_end)
+
+
+def saved_options(folder: str | os.PathLike) -> dict[str, Any]:
+    """Return the options of the run in `folder`: `metadata["options"]` of its newest intact checkpoint.
+
+    Raises ValueError if there is no checkpoint, CheckpointError if none is intact.
+    """
+    found = load_latest(Path(folder) / "checkpoints")
+    if found is None:
+        raise ValueError(f"{folder}: no checkpoint to resume from; start a new run")
+    return found[1]["metadata"]["options"]
 
 
 class _Table:
