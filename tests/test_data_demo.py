@@ -88,7 +88,7 @@ class DataDemo(unittest.TestCase):
             code, out, _ = run_main(demo.main, *argv)
         self.assertEqual(code, 1)  # these are not MNIST's
         self.assertIn("✗ expected (0.1307, 0.3081)", out)
-        self.assertEqual(out.count("(0.5, 0.5)   ✓"), 3)  # as the sums give them
+        self.assertEqual(out.count("(0.5, 0.5)   ✓"), 3)  # as all pixels give them
 
     def test_a_damaged_data_set_fails_and_is_named(self) -> None:
         damaged = tb.DataError("train-images is damaged; delete the file")
