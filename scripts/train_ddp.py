@@ -103,26 +103,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.resume:
         if args.output:
             parser.error("--resume does not go with --output")
-        return resumed_args(args, argv)
+        return parser.parse_resumed(argv, tb.saved_options(args.resume), FREE_ON_RESUME)
     return args
-
-
-def resumed_args(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
-    """Return the options of the run in `args.resume`, with those given now as far as they may differ."""
-    found = tb.load_latest(Path(args.resume) / "checkpoints")
-    if found is None:
-        raise ValueError(f"{args.resume}: no checkpoint to resume from; start a new run")
-    saved = found[1]["metadata"]["options"]
-    parser = make_parser()
-    parser.set_defaults(**saved)
-    merged = parser.parse_args(argv)
-    for name, before in saved.items():
-        now = getattr(merged, name)
-        if name in FREE_ON_RESUME or now == before:
-            continue
-        option = "--" + name.replace("_", "-")
-        raise ValueError(f"{option} {now} differs from the run's {before}; leave it out, or start a new run")
-    return merged
 
 
 def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[Any], dict[str, Any], str]:
@@ -233,8 +215,8 @@ def train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exit
         run.write_info(command=shlex.join(sys.argv), options=vars(args), **facts, notice=notice,
                        device=tb.device_name(device), precision=precision, versions=versions)  # fmt: skip
         if not args.quiet:
-            print(f"{notice}\n{facts['dataset']}: {distributed.world_size()} processes, {threads}; "
-                  f"{args.model}, {tb.count_parameters(model):,} parameters; "
+            print(f"{notice}\n{facts['dataset']}: {distributed.world_size()} processes, {threads}\n"
+                  f"{args.model}, {tb.count_parameters(model):,} parameters\n"
                   f"{tb.device_name(device)}; {precision}".strip())  # fmt: skip
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
         start = f"torchrun --standalone --nproc-per-node={distributed.world_size()}"
@@ -254,7 +236,7 @@ def train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exit
         return 128 + stop.signum
     if report is not None:
         print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: "
-              f"validation {result['best_val_accuracy']:.2%}, "
+              f"validation {result['best_val_accuracy']:.2%}\n"
               f"test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f})")  # fmt: skip
         for line in report.advice():
             print(f"advice: {cli.printable(line)}")

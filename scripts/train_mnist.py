@@ -40,7 +40,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"model": "widevgg", "epochs": 15, "ema": 0.999, "tta": True},
 }  # fmt: skip
 # These may change when a run is resumed. All others decide its course.
-FREE_ON_RESUME = {"output", "resume", "quiet", "debug", "data_dir", "patience", "tensorboard", "anomaly", "save_every"}
+FREE_ON_RESUME = {"epochs", "output", "resume", "quiet", "debug", "data_dir", "patience", "tensorboard", "anomaly",
+                  "save_every"}  # fmt: skip
 OUT_OF_MEMORY = "use half the --batch-size with --accumulate 2, then --precision bf16, then a smaller --model"
 
 
@@ -108,7 +109,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.resume:
         if args.output or args.dry_run or args.init_from:
             parser.error("--resume does not go with --output, --dry-run or --init-from")
-        return resumed_args(args, argv)
+        saved = tb.saved_options(args.resume)
+        args = parser.parse_resumed(argv, saved, FREE_ON_RESUME)
+        total = saved["epochs"]
+        if args.epochs != total and args.schedule not in ("constant", "plateau"):
+            parser.error(f"--epochs {args.epochs}: the run's {args.schedule} schedule ends after {total} epochs")
+        return args
     parser.set_defaults(**PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -120,27 +126,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.threads = args.threads or torch.get_num_threads()
     args.command = shlex.join(sys.argv)
     return args
-
-
-def resumed_args(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
-    """Return the options of the run in `args.resume`, with those given now as far as they may differ."""
-    found = tb.load_latest(Path(args.resume) / "checkpoints")
-    if found is None:
-        raise ValueError(f"{args.resume}: no checkpoint to resume from; start a new run")
-    saved = found[1]["metadata"]["options"]
-    parser = make_parser()
-    parser.set_defaults(**saved)
-    merged = parser.parse_args(argv)
-    for name, before in saved.items():
-        now = getattr(merged, name)
-        if name in FREE_ON_RESUME or now == before:
-            continue
-        option = "--" + name.replace("_", "-")
-        if name != "epochs":
-            raise ValueError(f"{option} {now} differs from the run's {before}; leave it out, or start a new run")
-        if saved["schedule"] not in ("constant", "plateau"):
-            raise ValueError(f"--epochs {now}: the run's {saved['schedule']} schedule ends after {before} epochs")
-    return merged
 
 
 def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[Any], dict[str, Any], str]:
@@ -175,7 +160,8 @@ def make_model(args: argparse.Namespace, facts: dict[str, Any], device: torch.de
     facts |= {"model": args.model, "dropout": args.dropout}
     model = tb.make_model(facts).to(device).to(memory_format=torch.channels_last)
     if args.init_from and not args.resume:
-        load_initial_weights(model, args.init_from)
+        left = tb.load_initial_weights(model, args.init_from)
+        print(f"initial weights from {args.init_from}; left as they were: {', '.join(left) or 'none'}")
     return model
 
 
@@ -212,19 +198,6 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, st
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, thirds)
     schedule.scheduler_interval = "step"  # type: ignore[attr-defined]
     return schedule
-
-
-def load_initial_weights(model: nn.Module, path: str) -> None:
-    """Load what fits of the weights in the checkpoint at `path`, and print what does not."""
-    loaded, own = tb.load_checkpoint(path), model.state_dict()
-    weights = loaded.get("model_state_dict", loaded)  # or a bare state dict
-    fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
-    if not fitting:
-        raise ValueError(f"--init-from {path}: none of its weights fits the model")
-    model.load_state_dict(fitting, strict=False)
-    print(f"initial weights: {len(fitting)} of {len(own)} tensors from {path}")
-    for name in [name for name in own if name not in fitting]:
-        print(f"    not there, or of another shape: {name}")
 
 
 def tensorboard_callback(run: tb.RunDirectory, trainer: tb.Trainer, loader: Any) -> Any:
@@ -312,9 +285,9 @@ def main(argv: list[str] | None = None) -> int:
         run.write_info(command=args.command, options=vars(args), **facts, notice=notice,
                        device=tb.device_name(device), precision=trainer.precision, versions=versions)  # fmt: skip
         if not args.quiet:
-            sizes = [f"{len(loader.dataset):,}" for loader in loaders]
-            print(f"{notice}\n{facts['dataset']}: {' + '.join(sizes)} images for training, validation and test; "
-                  f"{type(model).__name__}, {tb.count_parameters(model):,} parameters; "
+            training, validation, test = (f"{len(loader.dataset):,}" for loader in loaders)
+            print(f"{notice}\n{facts['dataset']}: {training} training, {validation} validation, {test} test images\n"
+                  f"{type(model).__name__}, {tb.count_parameters(model):,} parameters\n"
                   f"{tb.device_name(device)}; {trainer.precision}".strip())  # fmt: skip
             if device.type == "cpu":
                 print_load(args, busy_cores(load))
@@ -348,13 +321,15 @@ def print_load(args: argparse.Namespace, busy: float) -> None:
 
 def print_result(args: argparse.Namespace, result: dict[str, Any], report: Report) -> None:
     print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: "
-          f"validation {result['best_val_accuracy']:.2%}, "
+          f"validation {result['best_val_accuracy']:.2%}\n"
           f"test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f})")  # fmt: skip
     shares, remark = result["accuracy_by_class"], ""
     if all(share > 0.99 for share in shares.values()):
         shares, remark = {name: shares[name] for name in sorted(shares, key=shares.get)[:3]}, "  (the lowest)"
-    print("by class: " + "  ".join(f"{name} {share:.1%}" for name, share in shares.items()) + remark)
-    print(f"stopped because: {result['stopped_because']}; training took {result['train_seconds']:.1f} s")
+    entries = [f"{name} {share:.1%}" for name, share in shares.items()]
+    rows = ["  ".join(entries[i : i + 5]) for i in range(0, len(entries), 5)]
+    print("by class: " + "\n          ".join(rows) + remark)
+    print(f"stopped because: {result['stopped_because']}\ntraining took {result['train_seconds']:.1f} s")
     for line in report.advice():
         print(f"advice: {cli.printable(line)}")
     if not args.dry_run:

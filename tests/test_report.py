@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import torchbasics as tb
 from torchbasics import report as report_module
-from torchbasics.report import Judgement, Report, advice, picture, png, ticks, wilson_interval
+from torchbasics.report import Judgement, Report, advice, picture, ticks, wilson_interval
 
 NASTY = ("<script>alert(1)</script>", 'a "b" & c\x1b[2J', "\u202eקטן", "猫" * 40)
 VOID = {"meta", "link", "img", "br"}
@@ -108,11 +108,18 @@ class Judged(unittest.TestCase):
         self.assertEqual(self.judgement.worst_first(), [2, 1, 0, 3])
 
     def test_mistakes_begin_with_the_surest_and_carry_their_image(self) -> None:
-        found = [(one.true, one.predicted, round(one.confidence, 5)) for one in self.judgement.mistakes]
+        found = [(true, predicted, round(confidence, 5)) for true, predicted, confidence, _ in self.judgement.mistakes]
         self.assertEqual(found, [("b", "c", 0.99), ("c", "b", 0.8), ("a", "b", 0.6)])
-        pairs = torch.utils.data.TensorDataset(self.images, torch.zeros(7))
-        for judgement in (self.judgement, Judgement(*logits_for(self.PAIRS, 4), ("a", "b", "c", "d"), pairs)):
-            self.assertEqual([int(one.image[0, 0, 0]) for one in judgement.mistakes], [5, 6, 3])  # type: ignore[index]
+        self.assertEqual([int(image[0, 0, 0]) for *_, image in self.judgement.mistakes], [5, 6, 3])
+
+    def test_images_may_be_a_dataset_of_pairs_and_what_is_no_image_is_left_out(self) -> None:
+        outputs, targets = logits_for(self.PAIRS, 4)
+        pages = []
+        for images in self.images, torch.utils.data.TensorDataset(self.images, targets), torch.zeros(7, 9), None:
+            pages.append(report_module.judged(Judgement(outputs, targets, "abcd", images), {}))
+        self.assertEqual([page.count("<figure>") for page in pages], [3, 3, 0, 0])
+        self.assertEqual(pages[0], pages[1])
+        self.assertEqual(["The worst mistakes" in page for page in pages], [True, True, False, False])
 
     def test_the_worst_pairs_are_named_with_their_share_of_the_true_class(self) -> None:
         pairs = [(0, 1, 0.9)] * 3 + [(2, 0, 0.9)] * 2 + [(1, 1, 0.9)] * 5 + [(0, 0, 0.9)] * 3
@@ -193,14 +200,6 @@ class Pictures(unittest.TestCase):
         self.assertEqual(kind, "data:image/png;base64")
         return Image.open(io.BytesIO(base64.b64decode(data)))
 
-    def test_a_png_holds_the_pixels_that_pillow_reads_from_it(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        for channels, mode in ((1, "L"), (3, "RGB")):
-            pixels = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8, generator=generator)
-            image = self.read(png(pixels))
-            self.assertEqual((image.mode, image.size), (mode, (7, 5)))
-            self.assertEqual(bytes(pixels.permute(1, 2, 0).flatten().tolist()), image.tobytes())
-
     def shown(self, image: Tensor, **info: Any) -> tuple[int, int, Image.Image]:
         tag = picture(image, info)
         width, height, source = re.search(r'width=(\d+) height=(\d+) src="(.*?)"', tag).groups()  # type: ignore[union-attr]
@@ -218,6 +217,14 @@ class Pictures(unittest.TestCase):
         normalised = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
         image = self.shown(normalised, mean=mean, std=std)[2]
         self.assertEqual(image.tobytes(), bytes(pixels.permute(1, 2, 0).flatten().tolist()))
+
+    def test_uint8_pixels_are_shown_as_they_are_and_one_channel_in_grey(self) -> None:
+        for channels in (1, 3):
+            pixels = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
+            width, height, image = self.shown(pixels, mean=(0.5,), std=(0.5,))
+            self.assertEqual((width, height, image.size), (84, 60, (7, 5)))
+            expected = pixels.expand(3, 5, 7).permute(1, 2, 0).flatten().tolist()
+            self.assertEqual(bytes(expected), image.convert("RGB").tobytes())
 
     def test_ticks_are_round_and_span_the_values(self) -> None:
         for low, high in ((0.0, 1.0), (0.013, 0.0141), (97.3, 99.9), (-3.0, 1e5), (0.5, 0.5), (0, 0), (1e-9, 3e-9)):
@@ -238,6 +245,7 @@ class Pictures(unittest.TestCase):
         line = re.search(r'points="(.*?)"', drawn)[1]  # type: ignore[index]
         self.assertEqual(line, " ".join(f"{x},{y}" for x, y, _ in dots))
         self.assertIn("best: epoch 5", drawn)
+        self.assertIn("epoch 1: training 0.5", report_module.chart("loss", {"training": [0.5]}, None))
 
     def test_a_thousand_epochs_are_one_line_with_a_hundred_dots(self) -> None:
         drawn = report_module.chart("loss", {"training": [1 / (i + 1) for i in range(1000)]}, 999)
@@ -274,12 +282,14 @@ class Page(unittest.TestCase):
                 "classes": NASTY}  # fmt: skip
         samples = torch.zeros(20, 3, 8, 8), torch.arange(20) % 4
         trainer = three_epochs(train_top5=[None, 0.5, math.nan])
-        with Report(self.folder, info, trainer, samples=samples) as report:
+        with Report(self.folder, info, trainer, {"data_dir": "data", "seed": 1}, samples) as report:
             report.judgement = self.judgement(NASTY)
         reader = self.read()
         names = ("<script>alert(1)</script>", 'a "b" & c\\x1b[2J', "\\u202eקטן", "猫" * 40)
         for shown in (*names, "<b>\\x00\\udcff", "<u>", "<em>", "<tt>", "<sup>", "a <b>run", "x.py 'a&b' --output"):
             self.assertIn(shown, reader.text)
+        self.assertIn("24 of 25: true → predicted", reader.text)
+        self.assertEqual(reader.tags.count("figure"), 24 + 12)
 
     def test_a_finished_run_shows_its_accuracy_first_and_all_parts_in_order(self) -> None:
         options = {"epochs": 3, "lr": 0.1, "seed": 7, "output": str(self.folder), "batch_size": 32}
@@ -299,11 +309,11 @@ class Page(unittest.TestCase):
         reader = self.read()
         positions = [reader.text.index(part) for part in order]
         self.assertEqual(positions, sorted(positions))
-        again = f"'{self.folder}-again'"
+        again = f"'{self.folder}'-again"
         self.assertIn(f"python scripts/train.py --lr 0.1 --output {again} diff ", reader.text)
         self.assertIn(f" diff '{self.folder}'/metrics.jsonl {again}/metrics.jsonl ", reader.text)
         self.assertIn(f"python scripts/train.py --resume '{self.folder}'", reader.text)
-        self.assertIn(f"python scripts/predict.py --checkpoint '{self.folder}/checkpoints/best.pt' IMAGE", reader.text)
+        self.assertIn(f"python scripts/predict.py --checkpoint '{self.folder}'/checkpoints/best.pt IMAGE", reader.text)
         self.assertEqual(reader.tags.count("figure"), 4 + len(report.judgement.mistakes))
 
     def test_of_many_classes_the_matrix_has_those_with_the_lowest_recall_and_the_table_all(self) -> None:
@@ -315,9 +325,9 @@ class Page(unittest.TestCase):
         worst = sorted(sorted(range(200), key=lambda i: rows[i]["recall"])[:20])
         matrix, _, table = report.path.read_text().partition("class=\"confusion")[2].partition("</table>")
         self.assertEqual(re.findall(r"<tr><th><bdi title=\"(.*?)\"", matrix), [classes[i] for i in worst])
-        counts = [int(number.replace("·", "0")) for number in re.findall(r"<td class=.*?>(.*?)</td>", matrix)]
+        counts = [int(number.replace("·", "0")) for number in re.findall(r"<td style=.*?>(.*?)</td>", matrix)]
         self.assertEqual(counts, report.judgement.confusion[worst][:, worst].flatten().tolist())
-        self.assertTrue("The 180 classes with a higher recall are left out" in page.text)
+        self.assertTrue("of many classes, the 20 with the lowest recall" in page.text)
         self.assertEqual(set(re.findall(r"<tr><th><bdi title=\"(.*?)\"", table)), set(classes))
         self.assertLess(len(report.path.read_bytes()), 400_000)
 
@@ -335,13 +345,19 @@ class Page(unittest.TestCase):
         self.assertIn("0 of 9 epochs are done. Failed: the loss is nan <here>", text)
         self.assertEqual((report.advice(), "Curves" in text), ([], False))
 
+    def test_samples_that_are_no_images_are_left_out(self) -> None:
+        for inputs in (torch.zeros(4, 9), (torch.zeros(4, 3, 8, 8), torch.zeros(4)), {"ids": torch.zeros(4, 9)}):
+            with Report(self.folder, {"classes": "ab"}, three_epochs(), samples=(inputs, {"labels": None})):  # type: ignore[arg-type]
+                self.assertNotIn("Training images", self.read().text)
+
     def test_a_regression_without_accuracy_has_a_page_too(self) -> None:
         none: list[float | None] = [None, None]
         trainer = trainer_with(train_loss=[2.0, 1.0], train_acc=none, val_loss=[1.5, 1.25], val_acc=none, lr=[1, 1])
         with Report(self.folder, {}, trainer):
             pass
         text = self.read().text
-        self.assertIn("2 epochs are done; the best is epoch 2.", text)
+        self.assertIn("2 epochs are done.", text)
+        self.assertIn("best: epoch 2", text)
         self.assertNotIn("accuracy", text)
 
     def test_it_is_written_after_each_epoch_but_at_most_once_a_second(self) -> None:
