@@ -6,7 +6,6 @@ import importlib.util
 import io
 import os
 import signal
-import sys
 import tempfile
 import unittest
 from collections.abc import Callable
@@ -223,6 +222,36 @@ class Compare(unittest.TestCase):
         self.assertEqual(check(lambda: 1, ArithmeticError), 1)
 
 
+class Prints(unittest.TestCase):
+    def test_what_a_helper_prints_follows_the_line_that_called_it(self) -> None:
+        def lesson() -> None:
+            """A helper prints."""
+
+            def double(x: int) -> int:
+                print("doubling", x)
+                return 2 * x
+
+            y = double(1)
+            show(double(y), 4)
+
+        code, out, _ = run(lesson)
+        self.assertEqual(code, 0)
+        self.assertRegex(out, r"\n    y = double\(1\)\n    doubling 1\n    doubling 2\n    double\(y\) +→ 4   ✓\n")
+
+    def test_values_are_printed_short_and_without_their_history(self) -> None:
+        w = torch.tensor(2.0, requires_grad=True)
+
+        def lesson() -> None:
+            """Numbers and tensors."""
+            show(0.1 + 0.2, 0.3)
+            show([1 / 3, 1e-05, "a"], [1 / 3, 1e-05, "a"])
+            show((w, w * w), (2.0, 4.0))
+
+        out = run(lesson)[1]
+        for text in ("0.3", "[0.333333, 1e-05, 'a']", "(tensor(2.), tensor(4.))"):
+            self.assertIn(f" → {text}   ✓\n", out)
+
+
 class Run(unittest.TestCase):
     def test_a_wrong_lesson_fails_alone_and_the_exit_code_is_1(self) -> None:
         code, out, err = run(right, wrong, raises, on_device)
@@ -309,4 +338,4 @@ class Run(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    sys.exit(unittest.main())
+    unittest.main()

@@ -78,15 +78,14 @@ class Sections:
 
     def __init__(self, description: str | None = None) -> None:
         self.description = description or ""
-        self.lessons: dict[str, Lesson] = {}
-        self.covers: dict[str, tuple[str, ...]] = {}  # coverage IDs, for --list
+        self.pages: dict[str, _Page] = {}
 
     def __call__(self, name: str, *covers: str) -> Callable[[Lesson], Lesson]:
-        def add(function: Lesson) -> Lesson:
-            if name in self.lessons:
+        def add(lesson: Lesson) -> Lesson:
+            if name in self.pages:
                 raise ValueError(f"expected a new section name, got {name!r} twice")
-            self.lessons[name], self.covers[name] = function, covers
-            return function
+            self.pages[name] = _Page(name, covers, lesson)
+            return lesson
 
         return add
 
@@ -99,57 +98,51 @@ class Sections:
         parser.add_argument("--quiet", action="store_true", help="print one line per section, and failures in full")
         parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, xpu (default: auto)")
         args = parser.parse_args(argv)
-        names = args.section or list(self.lessons)
-        for name in names:
-            if name not in self.lessons:
-                near = difflib.get_close_matches(name, self.lessons, cutoff=0.4)
+        for name in args.section or []:
+            if name not in self.pages:
+                near = difflib.get_close_matches(name, self.pages, cutoff=0.4)
                 parser.error(f"--section: there is no {name!r}; did you mean {' or '.join(near) or 'one of --list'}?")
         try:
-            device = _find_device(args.device)
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            device = torch.device(args.device if args.device != "auto" else accelerator or "cpu")
+            torch.empty(1, device=device)
         except (RuntimeError, AssertionError):  # the latter from a torch without CUDA
             parser.error(f"--device: {args.device!r} is not available here; use auto or cpu")
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal must not stop the lessons
+        pages = [self.pages[name] for name in args.section or self.pages]
         try:
-            code = self._list(names) if args.list else self._run(names, device, args.quiet)
-            sys.stdout.flush()
-            return code
+            if args.list:
+                print("\n".join(page.entry for page in pages))
+                return 0
+            return self._run(pages, device, args.quiet)
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the last flush must not fail again
             return 141
 
-    def _list(self, names: list[str]) -> int:
-        for name in names:
-            title = (inspect.getdoc(self.lessons[name]) or "").partition("\n")[0]
-            print(f"{name:<26}  {' '.join(self.covers[name]):<8}  {title}")
-        return 0
-
-    def _run(self, names: list[str], device: torch.device, quiet: bool) -> int:
-        pages = {}
-        for name in names:
-            page = pages[name] = _Page(self.lessons[name])
+    def _run(self, pages: list[_Page], device: torch.device, quiet: bool) -> int:
+        for page in pages:
             if not quiet:  # before the code runs: it may take seconds
-                title, _, reason = (inspect.getdoc(self.lessons[name]) or "").partition("\n")
-                print(_color("1", _fill(f"{name}: {title}")), end="\n\n", flush=True)
-                print(_fill(reason.strip()), end="\n\n" if reason else "", flush=True)
+                print(*(textwrap.fill(part, WIDTH) + "\n" for part in page.heading), sep="\n", flush=True)
             page.run(device)
             if not quiet or page.failed:
-                print(page.text(), end="\n\n")
+                print("\n".join(page.printed).strip("\n"), end="\n\n")
             if quiet:
-                print(f"{name}: {page.verdict()}", flush=True)
-        failed = [name for name in names if pages[name].failed]
-        skipped = [name for name in names if pages[name].skipped]
-        passed = len(names) - len(failed) - len(skipped)
-        values = sum(page.right for page in pages.values())
-        print(f"{passed} of {len(names)} sections passed, {values} values as expected")
-        for label, found in (("skipped", skipped), ("failed", failed)):
-            if found:
-                print(f"{label}: {', '.join(found)}")
+                verdict = "FAILED" if page.failed else page.skipped or f"passed, values: {page.right}"
+                print(f"{page.name}: {verdict}", flush=True)
+        failed = [page.name for page in pages if page.failed]
+        skipped = [page.name for page in pages if page.skipped]
+        passed = len(pages) - len(failed) - len(skipped)
+        print(f"{passed} of {len(pages)} sections passed, {sum(page.right for page in pages)} values as expected")
+        for label, names in (("skipped", skipped), ("failed", failed)):
+            if names:
+                print(f"{label}: {', '.join(names)}")
         for paragraph in self.description.split("\n\n"):
-            if paragraph.startswith("Try:") and not quiet and len(names) == len(self.lessons):
-                print(f"\n{_fill(paragraph)}")
+            if paragraph.startswith("Try:") and not quiet and len(pages) == len(self.pages):
+                print(f"\n{textwrap.fill(paragraph, WIDTH)}")
+        sys.stdout.flush()
         return 1 if failed else 0
 
 
@@ -158,178 +151,129 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")  # one line, without the usage
 
 
-class _Page:
-    """One run of a lesson: its code, and what each line of it showed or printed."""
+class _Page(io.TextIOBase):
+    """A lesson as it is printed: its code, and after each statement its results. Also the lesson's standard output."""
 
     now: _Page  # the one that runs
+    rest = ""  # of a line that the lesson has not printed completely
 
-    def __init__(self, function: Lesson) -> None:
-        self.function = inspect.unwrap(function)
-        lines, self.start = inspect.getsourcelines(self.function)
-        self.source = textwrap.dedent(re.sub(r" +# (type: ignore(\[[^]]*\])?|noqa.*)", "", "".join(lines)))
+    def __init__(self, name: str, covers: tuple[str, ...], lesson: Lesson) -> None:
+        self.name = name
+        self.lesson = lesson
+        title, *reasons = (inspect.getdoc(lesson) or "").split("\n\n")
+        self.entry = f"{name:<26}  {' '.join(covers):<8}  {title}"  # in --list
+        self.heading = [f"{name}: {title}", *reasons]
+        lines, self.start = inspect.getsourcelines(lesson)
+        self.source = textwrap.dedent(re.sub(r" +# type: ignore\S*", "", "".join(lines)))
         self.lines = ["", *self.source.splitlines()]  # counted from 1, as ast does
-        self.owner: dict[int, Any] = {}  # for each line, the statement or loop that its results follow
-        self.shown: dict[int, tuple[str, str]] = {}  # for each line of a show(...), its expression and comment
-        definition: Any = ast.parse(self.source).body[0]
-        for statement in definition.body:
-            self._read(statement, in_loop=False)
-        documented = ast.get_docstring(definition) is not None
-        self.first = definition.body[0].end_lineno + 1 if documented else definition.body[0].lineno
-        self.last = len(self.lines) - 1
-        self.results: list[tuple[int, str, str | None]] = []  # line, text, what was expected instead (None: no check)
-        self.right, self.failed, self.skipped = 0, False, ""
-
-    def _read(self, node: Any, in_loop: bool) -> None:
-        if isinstance(node, ast.stmt):
-            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-            if not in_loop:
-                self.owner.update(dict.fromkeys(lines, node))
-            if _is_show(node):
-                shown = node.value.args[0]  # type: ignore[attr-defined]
-                expression = shown.body if isinstance(shown, ast.Lambda) else shown
-                comment = "".join(re.findall(r"\)  # (.*)$", self.lines[lines[-1]]))
-                text = ast.get_source_segment(self.source, expression) or ""
-                self.shown.update(dict.fromkeys(lines, (text, comment)))
-        for child in ast.iter_child_nodes(node):
-            self._read(child, in_loop or isinstance(node, ast.For | ast.While | ast.FunctionDef))
+        # outer ones before inner ones; the first two are the function and its docstring
+        self.statements: list[Any] = [node for node in ast.walk(ast.parse(self.source)) if isinstance(node, ast.stmt)]
 
     def run(self, device: torch.device) -> None:
-        """Run the lesson from a fixed seed; whatever it raises fails this lesson only."""
+        """Run the lesson from a fixed seed. Whatever it raises fails this lesson only."""
         _Page.now = self
+        self.printed: list[str] = []
+        self.next = self.statements[1].end_lineno + 1  # the first line that isn't printed yet
+        self.right = 0
+        self.failed = False
+        self.skipped = ""
+        self.plain = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
         torch.manual_seed(0)
         random.seed(0)
         try:
-            with contextlib.redirect_stdout(_Printed()):
-                self.function(*[device] if inspect.signature(self.function).parameters else [])
+            with contextlib.redirect_stdout(self):
+                self.lesson(*[device] if inspect.signature(self.lesson).parameters else [])
+            self.add_code(len(self.lines))
             if not self.right and not self.failed:
                 self.add("nothing was shown", "a call of show()")
+        except SkipTest as reason:
+            self.skipped = f"skipped: {reason}"
+            self.add(self.skipped, None, reason)
         except Exception as error:
-            frames = list(traceback.walk_tb(error.__traceback__))[::-1]
-            if isinstance(error, SkipTest):
-                self.skipped = str(error)
-                self.add(f"skipped: {error}", None, frames)
-            else:
-                self.add(f"{type(error).__name__}: {error}", "no error", frames)
-            self.last = self.owner[self.results[-1][0]].end_lineno  # the rest has not run
-
-    def add(self, text: str, wrong: str | None, frames: Any = None) -> None:
-        """Note a result of the line that runs, or of the one that raised (`frames`, the innermost first)."""
-        for frame, number in frames or traceback.walk_stack(sys._getframe()):
-            line = number - self.start + 1
-            if frame.f_code.co_filename == self.function.__code__.co_filename and line in self.owner:
-                break
-        else:
-            line = max(self.owner)  # nothing was shown, or another thread prints
-        self.results.append((line, text, wrong))
-        self.right += wrong == ""
-        self.failed |= bool(wrong)
-
-    def verdict(self) -> str:
-        """Return the outcome in a few words."""
-        if self.failed:
-            return "FAILED"
-        return f"skipped: {self.skipped}" if self.skipped else f"passed, values: {self.right}"
-
-    def text(self) -> str:
-        """Return the code, with the results after the statement or loop that they belong to."""
-        printed = []
-        number = self.first
-        while number <= self.last:
-            owner = self.owner.get(number)
-            end = owner.end_lineno if owner and _is_show(owner) else number
-            code = self.lines[number : end + 1]
-            results = [result for result in self.results if self.owner[result[0]].end_lineno == end]
-            if not (_is_show(owner) and results):  # otherwise the value stands beside the expression
-                printed += [_color("2", line) for line in code]
-            for line, text, wrong in results:
-                indent = " " * self.owner[line].col_offset
-                printed.append(_layout(indent, *self.shown.get(line, ("", "")), text, wrong))
-            number = end + 1
-        return "\n".join(printed).strip("\n")
-
-
-class _Printed(io.TextIOBase):
-    """The standard output of a running lesson."""
-
-    rest = ""  # of a line that isn't complete
+            self.add(f"{type(error).__name__}: {error}", "no error", error)
 
     def write(self, text: str) -> int:
+        """Add each complete line that the lesson prints."""
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
-            _Page.now.add(line, None)
+            self.add(line, None)
         return len(text)
 
+    def add(self, text: str, wrong: str | None, error: Exception | None = None) -> None:
+        """Add the code up to the statement that runs, or that raised `error`, and its result.
 
-def _is_show(node: Any) -> bool:
-    """Return whether a statement of the source is a call of show or show_error."""
-    call = node.value if isinstance(node, ast.Expr) else None
-    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ("show", "show_error")
+        `wrong` is what was expected instead: "" if the text is right, None if nothing was expected.
+        """
+        frames = traceback.walk_tb(error.__traceback__) if error else traceback.walk_stack(sys._getframe())
+        numbers = [number - self.start + 1 for frame, number in frames if frame.f_code is self.lesson.__code__]
+        line = numbers[0] if numbers else self.next - 1  # the latter after the lesson's end, and in other threads
+        around = [statement for statement in self.statements if statement.lineno <= line <= statement.end_lineno]
+        loops = [statement for statement in around if isinstance(statement, ast.For | ast.While)]
+        owner = [*loops, around[-1]][0]  # what the result follows
+        expression = ""
+        match around[-1]:
+            case ast.Expr(ast.Call(ast.Name("show" | "show_error"), [ast.Lambda(body=shown) | shown, *_])):
+                expression = ast.get_source_segment(self.source, shown) or ""
+        comment = "".join(re.findall(r"\)  # (.*)$", self.lines[around[-1].end_lineno])) if expression else ""
+        self.add_code(owner.lineno if expression and not loops else owner.end_lineno + 1)
+        indent = " " * owner.col_offset
+        if wrong is None:
+            self.printed.append(indent + self.style("1", text))
+            return
+        self.printed.append(self.layout(indent, expression, comment, text, wrong))
+        self.next = max(self.next, owner.end_lineno + 1)  # a result replaces its show
+        self.right += wrong == ""
+        self.failed |= wrong != ""
 
+    def add_code(self, end: int) -> None:
+        self.printed += [self.style("2", line) for line in self.lines[self.next : end]]
+        self.next = max(self.next, end)
 
-def _fill(text: str) -> str:
-    """Break the lines of a paragraph anew if one of them is too long."""
-    paragraphs = text.strip().split("\n\n")
-    return "\n\n".join(textwrap.fill(p, WIDTH) if max(map(len, p.split("\n"))) > WIDTH else p for p in paragraphs)
+    def layout(self, indent: str, expression: str, comment: str, text: str, wrong: str) -> str:
+        """Return `expression  → text   ✓  # comment`, on several lines if that is too long."""
+        above = []
+        start = f"{indent}{expression}".ljust(32) + " → "
+        values = text.splitlines() or [""]
+        room = WIDTH - len(start) - max(map(len, values)) - len("   ✓")
+        note = f"  # {comment}" if comment else ""
+        if len(note) > max(room, 0):
+            above.append(f"{indent}# {comment}")
+            note = ""
+        if room < 0:
+            above.append(f"{indent}{expression}")
+            start = f"{indent}    → "
+            if len(values) == 1:  # a table keeps its lines
+                values = textwrap.wrap(text, WIDTH - len(start) - len("   ✓"))
+        value = textwrap.indent("\n".join(values), " " * len(start)).lstrip()
+        mark = self.style("31;1", f"✗ expected {wrong}") if wrong else self.style("32", "✓")
+        result = f"{self.style('2', start)}{self.style('1', value)}   {mark}{self.style('2', note)}"
+        return "\n".join([*(self.style("2", line) for line in above if line.strip()), result])
 
-
-def _layout(indent: str, expression: str, comment: str, text: str, wrong: str | None) -> str:
-    """Return one result as printed: `expression  → text   ✓  # comment`, with line breaks if that is too long."""
-    if wrong is None:
-        return indent + _color("1", text)
-    mark = _color("31;1", f"✗ expected {wrong}") if wrong else _color("32", "✓")
-    *above, last = f"{indent}{expression}".split("\n")
-    last, lines = last.ljust(32) if expression else indent, text.splitlines() or [""]
-    margin = len(last) + len(" → ")
-    if margin + max(map(len, lines)) + len("   ✓") <= WIDTH:
-        start = f"{_color('2', last)} → "
-    else:
-        start, margin = f"{_color('2', last.rstrip())}\n{indent}    → ", len(indent) + len("    → ")
-        if len(lines) == 1:  # a table keeps its lines
-            lines = textwrap.wrap(text, WIDTH - margin - len("   ✓"))
-    if margin + len(lines[-1]) + len("   ✓  # ") + len(comment) <= WIDTH:
-        mark += _color("2", f"  # {comment}" if comment else "")
-    elif comment:
-        above.insert(0, f"{indent}# {comment}")
-    value = "\n".join([lines[0], *(" " * margin + line if line else "" for line in lines[1:])])
-    return "\n".join([*(_color("2", line) for line in above), f"{start}{_color('1', value)}   {mark}"])
-
-
-def _color(code: str, text: str) -> str:
-    """Return the text in an ANSI style: 1 bold, 2 dim, 31 red, 32 green; unchanged unless this is a terminal."""
-    plain = not text or not sys.stdout.isatty() or os.environ.get("NO_COLOR")
-    return text if plain else f"\033[{code}m{text}\033[0m"
-
-
-def _find_device(name: str) -> torch.device:
-    """Return the device; "auto" is the accelerator, if there is one. Raises if the device is not here."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device = torch.device(name) if name != "auto" else accelerator or torch.device("cpu")
-    torch.empty(1, device=device)
-    return device
+    def style(self, code: str, text: str) -> str:
+        """Return the text in an ANSI style: 1 bold, 2 dim, 31 red, 32 green; unchanged unless this is a terminal."""
+        return text if self.plain or not text else f"\033[{code}m{text}\033[0m"
 
 
 def _agree(value: Any, expected: Any, rtol: float | None, atol: float | None) -> bool:
     if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
         pairs = zip(value, expected, strict=False)
         return len(value) == len(expected) and all(_agree(*pair, rtol, atol) for pair in pairs)
-    if not isinstance(value, Tensor | float) and not isinstance(expected, Tensor):
-        return type(value == expected) is bool and value == expected
+    if isinstance(value, float):
+        value = torch.tensor(value, dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        return bool(value == expected)
     try:
-        actual = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64).detach().cpu()
-        if actual.is_floating_point():  # expected numbers in the value's precision
-            expected = torch.as_tensor(expected, dtype=actual.dtype)
-        torch.testing.assert_close(
-            actual, torch.as_tensor(expected).cpu(), rtol=rtol, atol=atol, equal_nan=True, check_dtype=False
-        )
+        # whole numbers keep their dtype: 1.7 isn't 1
+        wanted = torch.as_tensor(expected, dtype=value.dtype if value.is_floating_point() else None)
+        torch.testing.assert_close(value.cpu(), wanted.cpu(), rtol=rtol, atol=atol, equal_nan=True, check_dtype=False)
     except (AssertionError, TypeError, ValueError, RuntimeError):  # the last three: not numbers, or a ragged list
         return False
     return True
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return str(value) if len(str(value)) < 10 else f"{value:.6g}"
+    if isinstance(value, Tensor):
+        return str(value.detach())
     if type(value) in (list, tuple):
-        items = ", ".join(repr(item) if isinstance(item, str) else _text(item) for item in value)
-        return f"[{items}]" if type(value) is list else f"({items}{',' * (len(value) == 1)})"
-    return str(value.detach() if isinstance(value, Tensor) else value)
+        value = type(value)(item.detach() if isinstance(item, Tensor) else item for item in value)
+    return re.sub(r"\d+\.\d{7,}(e-?\d+)?", lambda number: f"{float(number[0]):.6g}", str(value))
