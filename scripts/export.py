@@ -20,17 +20,18 @@ import json
 import logging
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import timeit
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 import torchbasics as tb
@@ -44,22 +45,25 @@ CALIBRATION = 512  # training images from which int8-static takes the ranges of 
 ROW = "{:<13}{:>9}{:>12}{:>12}{:>10}{:>9}"  # of the table
 
 
-class Data(NamedTuple):
-    """Inputs to compare on, and their classes where there are any."""
-
-    inputs: Tensor  # (N, …), as the model takes them
-    targets: Tensor | None  # int64 (N,)
-    calibration: Tensor  # (M, …)
-    kind: str
-
-
 class Job(NamedTuple):
-    """What every format starts from."""
+    """The model, and what to compare its files on."""
 
     model: nn.Module
-    example: Tensor  # zeros (2, …): with a batch of one, an export may keep that size for ever
-    data: Data
+    inputs: Tensor  # (N, …), as the model takes them
+    targets: Tensor | None  # int64 (N,), if there are classes
+    calibration: Tensor  # (M, …), from which int8-static takes the ranges of activations
+    kind: str  # of the inputs
     args: argparse.Namespace
+
+    @property
+    def example(self) -> Tensor:
+        return torch.zeros_like(self.inputs[:2])  # with a batch of one, an export may keep that size for ever
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """The inputs in batches of the sizes SIZES, the last size repeated; the last batch may be smaller."""
+        *first, rest = self.inputs.split([*SIZES[:-1], len(self.inputs) - sum(SIZES[:-1])])
+        return [*first, *rest.split(SIZES[-1])]
 
 
 def export_program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
@@ -105,7 +109,7 @@ def to_int8_static(job: Job, file: Path) -> None:
     qconfig = get_default_qconfig_mapping(torch.backends.quantized.engine)
     with torch.no_grad():
         prepared = prepare_fx(copy.deepcopy(job.model), qconfig, (job.example,))
-        for batch in job.data.calibration.split(64):
+        for batch in job.calibration.split(64):
             prepared(batch)
         to_torchscript(job, file, convert_fx(prepared))
 
@@ -165,8 +169,7 @@ def python_lines(file: Path, example: Tensor) -> list[str]:
 
 # What the fresh process runs: the four lines, with each batch in place of the third.
 CHECK = """
-import json, sys, torch
-from torch.utils.benchmark import Timer
+import json, statistics, sys, timeit, torch
 
 def run(batch):
     variables["inputs"] = batch.numpy() if "numpy" in first else batch
@@ -179,8 +182,7 @@ exec(first, variables)
 exec(load, variables)
 with torch.no_grad():
     torch.save([run(batch) for batch in batches], "outputs")
-    timer = Timer("run(batches[0])", globals=globals(), num_threads=torch.get_num_threads())
-    print(timer.blocked_autorange().median)
+    print(statistics.median(timeit.repeat("run(batches[0])", number=5, repeat=9, globals=globals())) / 5)
 """
 
 
@@ -253,30 +255,30 @@ def load_own(name: str) -> nn.Module:
     return model
 
 
-def load_data(model: nn.Module, metadata: dict[str, Any], args: argparse.Namespace) -> Data:
-    """Return normalised images of the model's data set; drawn digits or noise if they are not at hand."""
+def make_job(model: nn.Module, metadata: dict[str, Any], args: argparse.Namespace) -> Job:
+    """Compare on normalised images of the model's data set; on drawn digits or noise if they are not at hand."""
     shape, name = args.input_shape, metadata.get("dataset")
     if shape is None and not {"in_channels", "image_size"} <= metadata.keys():
         raise ValueError("the checkpoint does not say what the inputs are; give --input-shape, such as 3,224,224")
     shape = shape or (metadata["in_channels"], metadata["image_size"], metadata["image_size"])
-    has_images = args.data_dir or (shape == (1, 28, 28) and {"mean", "std"} <= metadata.keys())
-    if has_images and args.input_dtype != "float32":
+    if not args.data_dir and (shape != (1, 28, 28) or not {"mean", "std"} <= metadata.keys()):
+        noise = make_noise(model, shape, getattr(torch, args.input_dtype))
+        return Job(model, noise, None, noise, "noise", args)
+    if args.input_dtype != "float32":
         raise ValueError(f"--input-dtype {args.input_dtype}: the images that this model is compared on are float32")
-    if args.data_dir and name in ("mnist", "fashion-mnist", "kmnist"):
-        test, train = (tb.load_images(name, args.data_dir, part, download=False) for part in (False, True))
-        inputs, calibration, kind = test.inputs, train.inputs[:CALIBRATION], f"{name} test images"
-        targets: Tensor | None = test.targets
-    elif args.data_dir:
-        raise ValueError(f"--data-dir: the model's data set, {name}, has no files there; leave it out")
-    elif has_images:
+    targets: Tensor | None
+    if not args.data_dir:
         inputs, classes = tb.draw_digits(DRAWN, seed=1)
         targets, kind = classes if name == "digits" else None, "drawn digits"
         calibration, _ = tb.draw_digits(CALIBRATION, seed=0)
+    elif name in ("mnist", "fashion-mnist", "kmnist"):
+        test, train = (tb.load_images(name, args.data_dir, part, download=False) for part in (False, True))
+        inputs, targets, kind = test.inputs, test.targets, f"{name} test images"
+        calibration = train.inputs[:CALIBRATION]
     else:
-        noise = make_noise(model, shape, getattr(torch, args.input_dtype))
-        return Data(noise, None, noise, "noise")
+        raise ValueError(f"--data-dir: the model's data set, {name}, has no files there; leave it out")
     mean, std = (torch.tensor(metadata[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    return Data((inputs / 255 - mean) / std, targets, (calibration / 255 - mean) / std, kind)
+    return Job(model, (inputs / 255 - mean) / std, targets, (calibration / 255 - mean) / std, kind, args)
 
 
 def make_noise(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -286,12 +288,6 @@ def make_noise(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
         return torch.randn(size, generator=generator, dtype=dtype)
     tables = [layer.num_embeddings for layer in model.modules() if isinstance(layer, (nn.Embedding, nn.EmbeddingBag))]
     return torch.randint(min(tables, default=2), size, generator=generator).to(dtype)
-
-
-def split(inputs: Tensor) -> list[Tensor]:
-    """Return batches of the sizes SIZES, the last size repeated; the last batch may be smaller."""
-    *first, rest = inputs.split([*SIZES[:-1], len(inputs) - sum(SIZES[:-1])])
-    return [*first, *rest.split(SIZES[-1])]
 
 
 def run_model(model: nn.Module, batches: list[Tensor]) -> Tensor:
@@ -308,42 +304,38 @@ def run_model(model: nn.Module, batches: list[Tensor]) -> Tensor:
     return torch.cat(outputs)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence exporters, which announce their own future and print graphs of what they cannot export."""
-    logging.disable(logging.CRITICAL)
+def make_file(name: str, job: Job, file: Path) -> nn.Module | None:
+    """Make `file` in the format `name`; return the model that it must equal if that is not the job's."""
+    logging.disable(logging.CRITICAL)  # exporters announce their own future and print graphs of what they cannot export
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            yield
+            return FORMATS[name].make(job, file)
+    except Exception as error:
+        if type(error) in (ValueError, cli.MissingExtra):  # ours, not one of torch's subclasses
+            raise
+        raise RuntimeError(f"torch cannot make it of this model ({describe(error)})") from error
     finally:
         logging.disable(logging.NOTSET)
 
 
 def export_one(name: str, job: Job, expected: Tensor) -> list[str]:
     """Make one file, check it, print its row, and put it into --output; return the lines that run it."""
-    made, data, output = FORMATS[name], job.data, Path(job.args.output)
-    batches = split(data.inputs)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as folder:
-        file = Path(folder).resolve() / made.file
-        try:
-            with quiet():
-                other = made.make(job, file)
-        except Exception as error:
-            if type(error) in (ValueError, cli.MissingExtra):  # ours, not one of torch's subclasses
-                raise
-            raise RuntimeError(f"torch cannot make it of this model ({describe(error)})") from error
-        parts, call_time = run_fresh(python_lines(file, job.example), batches, file.parent)
+    target, limit = Path(job.args.output, FORMATS[name].file), FORMATS[name].limit
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as folder:
+        file = Path(folder).resolve() / target.name
+        other = make_file(name, job, file)
+        parts, seconds = run_fresh(python_lines(file, job.example), job.batches, file.parent)
         outputs = torch.cat(parts)
-        difference, same = compare(outputs, expected if other is None else run_model(other, batches))
-        wrong_class = made.limit == ROUGH and data.kind != "noise" and same is not None and same < SAME_CLASS
-        if not difference <= made.limit or wrong_class:  # a NaN is not, either
+        difference, same = compare(outputs, expected if other is None else run_model(other, job.batches))
+        wrong_class = limit == ROUGH and job.kind != "noise" and same is not None and same < SAME_CLASS
+        if not difference <= limit or wrong_class:  # a NaN is not, either
             raise RuntimeError(f"differs from the model by {difference:.2g} of the largest output, "
                                f"gives the same class to {percent(same)}; not kept")  # fmt: skip
-        print(ROW.format(name, f"{file.stat().st_size / 1e6:.2f}", f"{difference:.1e}", percent(same),
-                         percent(accuracy(outputs, data.targets)), f"{1000 * call_time:.2f}"), flush=True)  # fmt: skip
-        os.replace(file, output / made.file)
-    return python_lines(output / made.file, job.example)
+        cells = f"{difference:.1e}", percent(same), percent(accuracy(outputs, job.targets)), f"{1000 * seconds:.2f}"
+        print(ROW.format(name, f"{file.stat().st_size / 1e6:.2f}", *cells), flush=True)
+        os.replace(file, target)
+    return python_lines(target, job.example)
 
 
 def describe(error: Exception) -> str:
@@ -400,20 +392,17 @@ def main(argv: list[str] | None = None) -> int:
         if os.path.lexists(output / FORMATS[name].file):
             raise ValueError(f"{output / FORMATS[name].file} exists; remove it, or choose another --output")
     model, metadata = load_model(args)
-    data = load_data(model, metadata, args)
-    expected = run_model(model, split(data.inputs))
-    job = Job(model, torch.zeros_like(data.inputs[:2]), data, args)
+    job = make_job(model, metadata, args)
+    expected = run_model(model, job.batches)
     output.mkdir(parents=True, exist_ok=True)
 
-    print(f"compared on {len(data.inputs):,} {data.kind}; a difference is a share of the largest output")
+    print(f"compared on {len(job.inputs):,} {job.kind}; a difference is a share of the largest output")
     print(ROW.format("format", "MB", "difference", "same class", "accuracy", "call ms"))
     size = sum(value.nbytes for value in model.state_dict().values() if isinstance(value, Tensor))
     with torch.no_grad():
-        variables = {"model": model, "inputs": data.inputs[:1]}
-        timer = Timer("model(inputs)", globals=variables, num_threads=torch.get_num_threads())
-        call_time = timer.blocked_autorange().median
-    print(ROW.format("model", f"{size / 1e6:.2f}", "-", "-", percent(accuracy(expected, data.targets)),
-                     f"{1000 * call_time:.2f}"), flush=True)  # fmt: skip
+        seconds = statistics.median(timeit.repeat(lambda: model(job.batches[0]), number=5, repeat=9)) / 5
+    cells = percent(accuracy(expected, job.targets)), f"{1000 * seconds:.2f}"
+    print(ROW.format("model", f"{size / 1e6:.2f}", "-", "-", *cells), flush=True)
     texts, codes = [], [0]
     for name in args.format:
         try:

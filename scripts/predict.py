@@ -16,21 +16,21 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision import models
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 import torchbasics as tb
 from torchbasics import cli
 from torchbasics.report import Judgement
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 # What a checkpoint's metadata must say, or else the option of that name.
 FACTS = ("model", "classes", "in_channels", "image_size", "mean", "std")
@@ -55,10 +55,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("image files").add_argument
     add("--invert", action=argparse.BooleanOptionalAction, default=None,
         help="they are dark on light, or --no-invert: light on dark (default: found out for digits, else as they are)")
-    add("--top", type=positive, default=3, metavar="N", help="classes to print for each image (default: 3)")
+    add("--top", type=positive, metavar="N", help="classes to print for each image (default: 3)")
     add = parser.add_argument_group("judging").add_argument
     add("--dataset", choices=("mnist", "fashion-mnist", "kmnist", "digits"), help="judge on its test images")
-    add("--data-dir", default="./data", type=cli.path_argument, metavar="DIR", help="where it is (default: ./data)")
+    add("--data-dir", type=cli.path_argument, metavar="DIR", help="where it is (default: ./data)")
     add("--report", type=cli.path_argument, metavar="FILE", help="new HTML page for confusion, classes and mistakes")
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print one JSON object")
@@ -66,29 +66,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.images) == bool(args.dataset):
         parser.error("give image files, or --dataset NAME to judge on its test images")
-    if args.report and (args.images or Path(args.report).exists()):
-        parser.error(f"--report {args.report}: give it with --dataset, and a file that does not exist yet")
+    if args.images and (args.data_dir or args.report):
+        parser.error("--data-dir and --report go with --dataset, not with image files")
+    if args.dataset and (args.invert is not None or args.top):
+        parser.error("--invert and --top go with image files, not with --dataset")
+    if args.report and Path(args.report).exists():
+        parser.error(f"--report {args.report}: give a file that does not exist yet")
+    args.top, args.data_dir = args.top or 3, args.data_dir or "./data"
     return args
 
 
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(cli.number(float, -1e6, 1e6)(part) for part in text.split(","))
-
-
-class Normalised(nn.Module):
-    """A model of pixels from 0 to 1, (B, C, H, W), so that models with different normalisations can vote."""
-
-    mean: Tensor  # (C, 1, 1), or (1, 1, 1) for all channels
-    std: Tensor
-
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model((pixels - self.mean) / self.std)  # (B, classes)
 
 
 def load_member(path: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
@@ -103,7 +92,7 @@ def load_member(path: str, args: argparse.Namespace) -> tuple[nn.Module, dict[st
                          f"train with Trainer(metadata={{{missing[0]!r}: …}}), or give {options}")  # fmt: skip
     facts |= {"classes": tuple(facts["classes"]), "num_classes": len(facts["classes"])}
     model = make_model(facts, own=args.model)
-    member = Normalised(model, facts["mean"], facts["std"]).eval()
+    member = nn.Sequential(v2.Normalize(facts["mean"], facts["std"]), model).eval()
     try:
         model.load_state_dict(checkpoint.get("model_state_dict", checkpoint))
         with torch.no_grad():
@@ -120,8 +109,6 @@ def make_model(facts: dict[str, Any], own: str | None) -> nn.Module:
     if own is None or ":" not in own:
         if facts["model"] in tb.MODELS:
             return tb.make_model(facts)
-        from torchvision import models
-
         if facts["model"] not in models.list_models(module=models):
             raise ValueError(f"--model {facts['model']}: not one of ours or torchvision's; give module:callable")
         return models.get_model(facts["model"], weights=None, num_classes=facts["num_classes"])
@@ -136,16 +123,14 @@ def make_model(facts: dict[str, Any], own: str | None) -> nn.Module:
     return model
 
 
-def to_grey(image: Image.Image, longest: int = 512) -> Tensor:
-    """Return an image in grey, float32 (H, W) from 0 to 1, reduced until no side is above `longest`.
+def to_grey(image: Image.Image) -> Tensor:
+    """Return an image in grey, float32 (H, W) from 0 to 1, reduced until no side is above 512.
 
     What is transparent becomes as the rest if it is a small part, else white around a dark drawing, black around a
     bright one.
     """
-    import numpy as np
-
     image = image.convert("RGBA")
-    image = image.reduce(math.ceil(max(image.size) / longest))
+    image = image.reduce(math.ceil(max(image.size) / 512))
     grey, alpha = (torch.from_numpy(np.array(part)) / 255 for part in (image.convert("L"), image.getchannel("A")))
     opaque = grey[alpha > 0.5]
     around = opaque.median() if len(opaque) > 0.8 * grey.numel() else (opaque.mean() < 0.5).float()
@@ -216,8 +201,6 @@ def to_mnist(grey: Tensor, invert: bool | None = None) -> Tensor:
 
 def look(path: str, facts: dict[str, Any], invert: bool | None) -> Tensor:
     """Return what the model sees of the image in a file, float32 (C, H, W) from 0 to 1. Raises DataError."""
-    import numpy as np
-
     channels, size = facts["in_channels"], facts["image_size"]
     if (channels, size, facts["classes"]) == (1, 28, tuple("0123456789")):
         image = tb.read_image(path)
@@ -227,8 +210,6 @@ def look(path: str, facts: dict[str, Any], invert: bool | None) -> Tensor:
             raise tb.DataError(f"{path}: {error}") from error
     image = tb.read_image(path, "L" if channels == 1 else "RGB")
     if "resize" in facts:  # of train_folder: the middle of the image, as its validation saw it
-        from torchvision.transforms import v2
-
         resize = v2.Resize(facts["resize"], v2.InterpolationMode(facts["interpolation"]))
         image = v2.CenterCrop(size)(resize(image))
     else:

@@ -28,6 +28,7 @@ import statistics
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,19 +45,20 @@ else:
 
     import torch
     from torch import Tensor, nn
-    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import record_function
     from torch.utils.checkpoint import checkpoint
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
     import torchbasics as tb
     from torchbasics import cli
-    from torchbasics.device import autocast, bf16_is_native, device_name, preserved_random_state, synchronize
+    from torchbasics.device import autocast, bf16_is_native, device_name, synchronize
     from torchbasics.evaluation import evaluation_mode, in_float32, to_device
 
 PHASES = ("data", "transfer", "forward", "backward", "optimizer")
 PRODUCTS = re.compile(r"mm|conv|attention|linear|lstm|gru", re.IGNORECASE)  # in the names of operators
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-REPEATS, WARMUP, TRACED, BUSY = 3, 3, 3, 0.3  # timed passes, steps before them, steps in the trace, spread of repeats
+REPEATS, WARMUP, TRACED = 3, 3, 3  # timed passes, steps before them, steps in the trace
+BUSY = 0.3  # the spread of equal passes that only other programs explain
 OUT_OF_MEMORY = "use half the --batch-size (in training with --accumulate 2), then --precision bf16"
 MIB = 2**20
 
@@ -111,69 +113,51 @@ def time_steps(work: Work, batches: Iterator, steps: int, accumulate: int = 1) -
     return (time.perf_counter() - began) / steps
 
 
-def time_repeats(work: Work, batches: Iterator, steps: int) -> list[float]:
-    """Return the mean seconds of a step in each of REPEATS passes, after WARMUP steps."""
-    time_steps(work, batches, WARMUP)
-    return [time_steps(work, batches, steps) for _ in range(REPEATS)]
+def median_step(work: Work, batches: Iterator, steps: int, accumulate: int = 1) -> float:
+    """Return the seconds of a step, the median of REPEATS passes after WARMUP steps; warn if the passes differ much."""
+    time_steps(work, batches, WARMUP, accumulate)
+    times = [time_steps(work, batches, steps, accumulate) for _ in range(REPEATS)]
+    if max(times) > (1 + BUSY) * min(times):
+        text = f"the machine is busy: equal passes differ by more than {BUSY:.0%}; measure again later"
+        warnings.warn(text, stacklevel=2)
+    return statistics.median(times)
 
 
-def busy(*passes: list[float]) -> str:
-    """Return a warning if passes that should take equally long did not, else an empty string."""
-    largest = max(max(times) / min(times) - 1 for times in passes)
-    return f"the machine is busy: one pass took {largest:.0%} longer than another" if largest > BUSY else ""
+def time_spans(work: Work, batches: Iterator, steps: int, modules: Iterable[nn.Module] = ()) -> dict[Any, float]:
+    """Return the mean seconds of each phase, of the forward of each of `modules`, and of the whole "step".
 
-
-def time_phases(work: Work, batches: Iterator, steps: int) -> dict[str, float]:
-    """Return the mean seconds of each phase and of the whole "step", waiting for the device after each phase.
-
-    Without waiting, an accelerator's work would be counted where the program happens to wait for it.
+    Each is without the others inside it, so that their sum is less than the step. The device is waited for at both ends
+    of each: without that, an accelerator's work would be counted where the program happens to wait for it.
     """
-    seconds = dict.fromkeys((*PHASES, "step"), 0.0)
+    seconds: dict[Any, float] = dict.fromkeys(modules, 0.0)
+    running: list[list[float]] = []  # of each span that runs: when it began, and the seconds of those inside it
 
-    @contextlib.contextmanager
-    def phase(name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        synchronize(work.device)
-        seconds[name] += (time.perf_counter() - began) / steps
-
-    synchronize(work.device)
-    for _ in range(steps):
-        with phase("step"):
-            train_step(work, batches, phase)
-    return seconds
-
-
-def time_modules(work: Work, batch: Any, steps: int) -> tuple[dict[str, float], float]:
-    """Return the mean seconds of each module's forward without its children's, and those of the steps they are part of.
-
-    These spans never overlap, so their sum is less than the step's. The device is waited for at both ends of each.
-    """
-    seconds = dict.fromkeys((name for name, _ in work.model.named_modules()), 0.0)
-    running: list[list[float]] = []  # of each module that runs: when it began, and the seconds of its children
-
-    def before(*_: Any) -> None:
+    def begin(*_: Any) -> None:
         synchronize(work.device)
         running.append([time.perf_counter(), 0.0])
 
-    def after(name: str, *_: Any) -> None:
+    def end(name: Any, *_: Any) -> None:
         synchronize(work.device)
-        began, children = running.pop()
+        began, inside = running.pop()
         took = time.perf_counter() - began
-        seconds[name] += (took - children) / steps
+        seconds[name] = seconds.get(name, 0.0) + (took - inside) / steps
         if running:
             running[-1][1] += took
 
-    handles = []
-    for name, module in work.model.named_modules():
-        handles.append(module.register_forward_pre_hook(before))
-        handles.append(module.register_forward_hook(functools.partial(after, name), always_call=True))
-    try:
-        step = time_steps(work, itertools.repeat(batch), steps)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seconds, step
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        begin()
+        yield
+        end(name)
+
+    handles = [module.register_forward_pre_hook(begin) for module in seconds]
+    handles += [module.register_forward_hook(end, always_call=True) for module in seconds]
+    for _ in range(steps):
+        with phase("step"):
+            train_step(work, batches, phase)
+    for handle in handles:
+        handle.remove()
+    return seconds | {"step": sum(seconds.values())}
 
 
 def time_operators(work: Work, batches: Iterator, trace: str | None) -> list[tuple[str, float, float]]:
@@ -181,11 +165,7 @@ def time_operators(work: Work, batches: Iterator, trace: str | None) -> list[tup
 
     Seconds are the accelerator's, or the CPU's if there is none.
     """
-    on_cpu = work.device.type == "cpu"
-    activities = [ProfilerActivity.CPU]
-    if not on_cpu and hasattr(ProfilerActivity, work.device.type.upper()):  # CUDA and XPU
-        activities.append(getattr(ProfilerActivity, work.device.type.upper()))
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         for _ in range(TRACED):
             train_step(work, batches, lambda name: record_function(f"step.{name}"))
         synchronize(work.device)
@@ -194,22 +174,20 @@ def time_operators(work: Work, batches: Iterator, trace: str | None) -> list[tup
     rows = []
     for row in profiler.key_averages():
         if row.device_type == torch.autograd.DeviceType.CPU and not row.is_user_annotation:
-            own = row.self_cpu_time_total if on_cpu else row.self_device_time_total  # µs
+            own = row.self_cpu_time_total if work.device.type == "cpu" else row.self_device_time_total  # µs
             rows.append((row.key, row.count / TRACED, own / 1e6 / TRACED))
     return sorted(rows, key=lambda row: -row[2])
 
 
 def verdict(
-    step: float, bare: float, half: float | None, split: dict[str, float], products: float, options: dict[str, Any]
+    step: float, bare: float, half: float | None, split: dict[str, float], products: float, try_bf16: bool
 ) -> tuple[str, str, str]:
     """Return (what bounds the step, the figure that shows it, what to change), by the rules at the top of this file.
 
     `step`, `bare` (without loading) and `half` (of the batch; None if not measured) are seconds, not synchronised.
-    `split` has those of each phase, synchronised. `products` is their share of the operators' time. `options` has
-    `precision`, `bf16_is_native`, `compile` and `batch_size`.
+    `split` has those of each phase, synchronised. `products` is their share of the operators' time.
     """
-    compiling = "" if options["compile"] else "--compile, which fuses operators; then "
-    bf16 = "--precision bf16; then " if options["precision"] == "fp32" and options["bf16_is_native"] else ""
+    bf16 = "--precision bf16; then " if try_bf16 else ""
     if bare <= 0.75 * step:
         figure = f"with one batch kept on the device a step takes {bare * 1e3:.2f} ms instead of {step * 1e3:.2f} ms"
         if split["transfer"] > split["data"]:
@@ -217,11 +195,11 @@ def verdict(
         return "loader", figure, "DataLoader(num_workers=...); then a simpler transform, images stored smaller"
     if half is not None and half >= 0.8 * bare:
         figure = f"half the batch takes {half / bare:.0%} of the time"
-        return "overhead", figure, f"{compiling}--batch-size {2 * options['batch_size']}"
+        return "overhead", figure, "--compile, which fuses operators; then twice the --batch-size"
     figure = f"products, convolutions and attention take {products:.0%} of the operators' time"
     if products >= 0.5:
         return "compute", figure, f"{bf16}a smaller model, smaller images, or a faster device"
-    return "memory-bound", figure, f"{compiling}{bf16}fewer or smaller activations"
+    return "memory-bound", figure, f"--compile, which fuses operators; then {bf16}fewer or smaller activations"
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -249,17 +227,16 @@ class Measured(NamedTuple):
     """One way of taking a step."""
 
     peak: int  # bytes, with the model and the batch
-    times: list[float]  # seconds of a step, in each of REPEATS passes
-    gradients: list[Tensor]
+    seconds: float
+    gradients: list[Tensor]  # of the first step
 
 
 def measure(work: Work, batch: tuple[Tensor, Tensor], steps: int, accumulate: int = 1) -> Measured:
     """Measure a step of a copy of the model on `batch`, cut into `accumulate` equal parts."""
     work = make_work(copy.deepcopy(work.model), batch, work.device, work.precision)
     batches = itertools.cycle(list(zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True)))
-    with preserved_random_state(work.device):
-        tb.set_seed()  # so that dropout draws the same in all that are compared
-        train_step(work, batches, accumulate=accumulate)
+    tb.set_seed()  # so that dropout draws the same in all that are compared
+    train_step(work, batches, accumulate=accumulate)
     gradients = [p.grad.detach().clone() for p in work.model.parameters() if p.grad is not None]
     work.optimizer.zero_grad()
     state = [value for values in work.optimizer.state.values() for value in values.values()]
@@ -268,9 +245,7 @@ def measure(work: Work, batch: tuple[Tensor, Tensor], steps: int, accumulate: in
     with tracker.phase("step"):
         train_step(work, batches, accumulate=accumulate)
         synchronize(work.device)
-    steps = -(-steps // REPEATS)  # at least one in each pass
-    times = [time_steps(work, batches, steps, accumulate) for _ in range(REPEATS)]
-    return Measured(held + tracker.peaks["step"], times, gradients)
+    return Measured(held + tracker.peaks["step"], median_step(work, batches, steps, accumulate), gradients)
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -279,60 +254,56 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) / largest
 
 
-def estimate(work: Work, inputs: Tensor, size: int) -> dict[str, int]:
-    """Return the parts of MemoryTracker's estimate, in bytes, for a batch of `size` samples like `inputs`."""
-    shape = (size, *inputs.shape[1:])
+def estimate(work: Work, inputs: Tensor) -> dict[str, int]:
+    """Return the parts of MemoryTracker's estimate for training on `inputs`, in bytes."""
     with autocast(work.device, work.precision):
-        return tb.MemoryTracker.estimate_model_memory(work.model, work.optimizer, shape, dtype=inputs.dtype)
+        return tb.MemoryTracker.estimate_model_memory(work.model, work.optimizer, inputs.shape, dtype=inputs.dtype)
 
 
 def estimate_checkpointed(work: Work, inputs: Tensor) -> int:
     """Return the estimate in bytes if blocks keep their inputs only, and one block at a time is computed again."""
     calls: list[tuple[nn.Module, Tensor]] = []
     handles = [b.register_forward_pre_hook(lambda b, args: calls.append((b, args[0]))) for b in blocks(work.model)]
-    parts = estimate(work, inputs[:1], len(inputs))
     with torch.no_grad(), evaluation_mode(work.model), autocast(work.device, work.precision):
-        calls.clear()  # of the estimate's own forward passes
         work.model(inputs)
-        for handle in handles:
-            handle.remove()
-    inside = [estimate(work._replace(model=block), received, len(received)) for block, received in calls]
-    activations = [one["activations"] for one in inside]
-    kept = sum(one["inputs"] for one in inside)
-    return parts["total"] - sum(activations) + max(activations) + kept
+    for handle in handles:
+        handle.remove()
+    activations = [estimate(work._replace(model=block), received)["activations"] for block, received in calls]
+    kept = sum(received.nbytes for _, received in calls)
+    return estimate(work, inputs)["total"] - sum(activations) + max(activations) + kept
 
 
 def print_options(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> None:
     """Print the step as it is, then the options that save memory in the order to try them."""
+
+    def print_row(name: str, expected: int, found: Measured, comparable: bool = True) -> None:
+        differ = f"{difference(found.gradients, as_it_is.gradients):.1e}" if comparable else "-"
+        sizes = f"{expected / MIB:10,.1f}{found.peak / MIB:10,.1f}"
+        print(f"  {name:32} {sizes}  {found.seconds * 1e3:10.2f}  {differ:>19}")
+
     inputs, targets = batch
-    size, parts = len(inputs), estimate(work, inputs, len(inputs))
-    ways: list[tuple[str, int, Work, tuple[Tensor, Tensor], int]] = [("as it is", parts["total"], work, batch, 1)]
+    size, side, parts = len(inputs), max(inputs.shape[-1] // 8, 1) * 4, estimate(work, inputs)
+    steps = max(1, args.steps // REPEATS)  # in each pass
+    print("\nwhat saves memory, in this order   estimate  peak MiB   ms a step  gradients differ by")
+    as_it_is = measure(work, batch, steps)
+    print_row("as it is", parts["total"], as_it_is)
     if size % 2 == 0:
-        ways.append(("half the batch, --accumulate 2", estimate(work, inputs, size // 2)["total"], work, batch, 2))
+        halved = estimate(work, inputs[: size // 2])["total"]
+        print_row("half the batch, --accumulate 2", halved, measure(work, batch, steps, accumulate=2))
     if work.precision == "fp32":
         low = work._replace(precision="bf16")
-        ways.append(("--precision bf16", estimate(low, inputs, size)["total"], low, batch, 1))
-    if inputs.dim() == 4:
-        side = max(inputs.shape[-1] // 8, 1) * 4  # about half; our models want a multiple of 4
+        print_row("--precision bf16", estimate(low, inputs)["total"], measure(low, batch, steps))
+    if inputs.dim() == 4:  # images of about half the side; our models want a multiple of 4
         images = nn.functional.interpolate(inputs, (side, side))  # (B, C, side, side)
         try:
-            small = make_work(load_model(args, tuple(images.shape[1:])), batch, work.device, work.precision)
-            expected = estimate(small, images, size)["total"]
-            ways.append((f"images of {side} x {side}", expected, small, (images, targets), 1))
+            model = load_model(args, tuple(images.shape[1:]))
+            small = make_work(model, batch, work.device, work.precision)
+            found = measure(small, (images, targets), steps)
+            print_row(f"images of {side} x {side}", estimate(small, images)["total"], found, comparable=False)
         except (RuntimeError, ValueError) as error:
-            print(f"images of {side} x {side} do not go through this model: {cli.printable(error)[:100]}")
-    expected = estimate_checkpointed(work, inputs)
+            print(f"  images of {side} x {side} do not go through this model: {cli.printable(error)[:100]}")
     checkpointed = work._replace(model=checkpoint_activations(copy.deepcopy(work.model)))
-    ways.append(("--checkpoint-activations", expected, checkpointed, batch, 1))
-
-    print("\nwhat saves memory, in this order   estimate  peak MiB   ms a step  gradients differ by")
-    gradients: list[Tensor] = []
-    for name, expected, way, data, accumulate in ways:
-        found = measure(way, data, args.steps, accumulate)
-        gradients = gradients or found.gradients
-        differ = f"{difference(found.gradients, gradients):.1e}" if data is batch else "-"
-        print(f"  {name:32} {expected / MIB:10,.1f}{found.peak / MIB:10,.1f}  "
-              f"{statistics.median(found.times) * 1e3:10.2f}  {differ:>19}  {busy(found.times)}".rstrip())  # fmt: skip
+    print_row("--checkpoint-activations", estimate_checkpointed(work, inputs), measure(checkpointed, batch, steps))
     of_batch = parts["inputs"] + parts["activations"] + parts["temporary"]
     print(f"  {'2 processes, DDP':32} {(parts['total'] - of_batch // 2) / MIB:10,.1f}")
     print(f"  {'2 processes, FSDP':32} {(parts['total'] + parts['buffers']) / 2 / MIB:10,.1f}")
@@ -364,7 +335,7 @@ def profile_memory(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Te
     """Print where the memory goes and what saves it."""
     inputs = batch[0]
     in_use = tb.MemoryTracker.get_memory_info(work.device)
-    parts = estimate(work, inputs, len(inputs))
+    parts = estimate(work, inputs)
     print("in use, in MiB:   " + ", ".join(f"{name} {size / MIB:,.1f}" for name, size in in_use.items()))
     print("estimate, in MiB: " + ", ".join(f"{name} {size / MIB:,.1f}" for name, size in parts.items()))
     try:
@@ -379,42 +350,38 @@ def profile_memory(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Te
     print_release(work.device)
 
 
-def compile_modes(work: Work, batch: Any, args: argparse.Namespace) -> list[str]:
-    """Return lines with the time of the first and of later steps, eager and in each mode. The last mode stays."""
-    lines = [f"{'compile':28}  first step ms  later steps ms"]
-    for mode in (None, *args.compile):
-        if mode is not None:
+def profile_compile(work: Work, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> None:
+    """Print the time of the first and of later steps, without torch.compile and in each mode."""
+    print(f"{'compile':28}  first step ms  later steps ms")
+    for mode in ("not compiled", *(args.compile or ["default"])):
+        if mode != "not compiled":
             torch.compiler.reset()
             work.model.compile(mode=mode)
         first = time_steps(work, itertools.repeat(batch), 1)
-        later = time_repeats(work, itertools.repeat(batch), args.steps)
-        times = f"{first * 1e3:13.1f}  {statistics.median(later) * 1e3:14.3f}"
-        lines.append(f"{mode or 'not compiled':28}  {times}  {busy(later)}".rstrip())
-    return lines
+        later = median_step(work, itertools.repeat(batch), args.steps)
+        print(f"{mode:28}  {first * 1e3:13.1f}  {later * 1e3:14.3f}")
 
 
 def profile_time(work: Work, args: argparse.Namespace, batches: Iterator, batch: tuple[Tensor, Tensor]) -> None:
     """Print what bounds a step, and its time by phase, operator and module."""
-    by_module, step_with_hooks = time_modules(work, batch, args.steps)
-    half = tuple(tensor[: len(tensor) // 2] for tensor in batch)
-    halves = []
-    if len(half[0]) > 1 and not args.compile:  # BatchNorm refuses a single sample; another size is compiled again
-        halves = time_repeats(work, itertools.repeat(half), args.steps)
-    modes = compile_modes(work, batch, args) if args.compile else []
-    passes = [time_repeats(work, batches, args.steps), time_repeats(work, itertools.repeat(batch), args.steps)]
-    split = time_phases(work, batches, args.steps)
+    modules = dict(work.model.named_modules())
+    by_module = time_spans(work, itertools.repeat(batch), args.steps, modules.values())
+    size, half = len(batch[0]), None
+    if size > 3:  # BatchNorm refuses a single sample
+        part = tuple(tensor[: size // 2] for tensor in batch)
+        half = median_step(work, itertools.repeat(part), args.steps)
+    step = median_step(work, batches, args.steps)
+    bare = median_step(work, itertools.repeat(batch), args.steps)
+    split = time_spans(work, batches, args.steps)
     operators = time_operators(work, batches, args.trace)
 
     total = sum(seconds for _, _, seconds in operators) or 1.0
     products = sum(seconds for name, _, seconds in operators if PRODUCTS.search(name)) / total
-    step, bare = map(statistics.median, passes)
-    options = {**vars(args), "precision": work.precision, "bf16_is_native": bf16_is_native(work.device)}
-    bound, figure, change = verdict(step, bare, statistics.median(halves) if halves else None, split, products, options)
+    try_bf16 = work.precision == "fp32" and bf16_is_native(work.device)
+    bound, figure, change = verdict(step, bare, half, split, products, try_bf16)
     print(f"bound by: {bound}: {figure}\nchange:   {change}\n")
-    print(f"{len(batch[1]) / step:,.0f} samples/s; a step takes {step * 1e3:.2f} ms, without loading "
-          f"{bare * 1e3:.2f} ms (medians of {REPEATS} passes, not synchronised)")  # fmt: skip
-    if warning := busy(*passes, *([halves] if halves else [])):
-        print(f"{warning}; measure again later")
+    print(f"{size / step:,.0f} samples/s; a step takes {step * 1e3:.2f} ms, without loading {bare * 1e3:.2f} ms "
+          f"(medians of {REPEATS} passes, not synchronised)")  # fmt: skip
     print("\nphase            ms   share   (synchronised after each phase)")
     for name, seconds in split.items():
         print(f"{name:9}  {seconds * 1e3:8.3f}  {seconds / split['step']:6.1%}")
@@ -422,16 +389,15 @@ def profile_time(work: Work, args: argparse.Namespace, batches: Iterator, batch:
     for name, calls, seconds in operators[:10]:
         print(f"{name[-44:]:44}  {calls:6.1f}  {seconds * 1e3:8.3f}  {seconds / total:6.1%}")
     print(f"\n{'module':28}  {'kind':16}  parameters   fp32 MiB  forward ms   (without its children)")
-    rows = [
-        (name or "(model)", type(module).__name__, sum(p.numel() for p in module.parameters(recurse=False)))
-        for name, module in work.model.named_modules()
-    ]
-    times = [*by_module.values(), sum(by_module.values())]
-    for (name, kind, count), seconds in zip([*rows, ("all", "", sum(row[2] for row in rows))], times, strict=True):
+
+    def print_module(name: str, kind: str, parameters: Iterable[Tensor], seconds: float) -> None:
+        count = sum(parameter.numel() for parameter in parameters)
         print(f"{name[-28:]:28}  {kind[:16]:16}  {count:10,}  {count * 4 / MIB:9.2f}  {seconds * 1e3:10.3f}")
-    print(f"of a step of {step_with_hooks * 1e3:.3f} ms, synchronised before and after each module")
-    if modes:
-        print("", *modes, sep="\n")
+
+    for name, module in modules.items():
+        print_module(name or "(model)", type(module).__name__, module.parameters(recurse=False), by_module[module])
+    print_module("all", "", work.model.parameters(), sum(by_module[module] for module in modules.values()))
+    print(f"of a step of {by_module['step'] * 1e3:.3f} ms, synchronised before and after each module")
 
 
 def made_by(text: str, option: str) -> Any:
@@ -449,6 +415,8 @@ def load_model(args: argparse.Namespace, shape: tuple[int, ...]) -> nn.Module:
     """Return a new model for samples of `shape`, always with the same weights."""
     tb.set_seed()
     if ":" not in args.model:
+        if len(shape) != 3 or shape[1] != shape[2]:
+            raise ValueError(f"--input-shape: {args.model} takes channels and two equal sides, such as 1,28,28")
         return tb.make_model({"model": args.model, "in_channels": shape[0], "image_size": shape[-1]})
     model = made_by(args.model, "--model")
     if not isinstance(model, nn.Module):
@@ -499,21 +467,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--memory", action="store_true", help="profile the memory instead: what takes it, what fits, what saves it")
     add("--compile", nargs="*", choices=COMPILE_MODES, metavar="MODE",
-        help=f"compare torch.compile in these modes with none, then profile the last: {', '.join(COMPILE_MODES)}")
+        help=f"compare torch.compile in these modes with none: {', '.join(COMPILE_MODES)} (default: default)")
     add("--checkpoint-activations", action="store_true",
         help="compute activations again in backward instead of keeping them (--memory shows what that saves)")
     args = parser.parse_args(argv)
-    if args.memory and args.trace:
-        parser.error("--trace does not go with --memory")
+    if args.trace and (args.memory or args.compile is not None):
+        parser.error("--trace does not go with --memory and --compile")
     if args.loader and (args.batch_size or (args.input_shape and ":" in args.model)):
         parser.error("--batch-size and --input-shape do not go with --loader: the batches come from there")
     args.batch_size, args.input_shape = args.batch_size or 128, args.input_shape or (1, 28, 28)
-    if ":" not in args.model:
-        if args.model not in tb.MODELS:
-            parser.error(f"--model {args.model}: expected {', '.join(tb.MODELS)} or module:callable")
-        if len(args.input_shape) != 3 or args.input_shape[1] != args.input_shape[2]:
-            parser.error(f"--input-shape: {args.model} takes channels and two equal sides, such as 1,28,28")
-    args.compile = ["default"] if args.compile == [] else args.compile
     return args
 
 
@@ -529,12 +491,13 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint_activations(model)
     batches = endless(loader)
     batch = to_device(next(batches), device)
-    args.batch_size = len(batch[0])
     work = make_work(model, batch, device, precision)
     train_step(work, itertools.repeat(batch))  # shows whether they fit; the optimizer makes its state
-    print(f"{args.model} on {source}; batches of {args.batch_size}; {precision}; {device_name(device)}")
+    print(f"{args.model} on {source}; batches of {len(batch[0])}; {precision}; {device_name(device)}")
     if args.memory:
         profile_memory(work, args, batch)
+    elif args.compile is not None:
+        profile_compile(work, args, batch)
     else:
         profile_time(work, args, batches, batch)
     return 0

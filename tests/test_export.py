@@ -366,9 +366,9 @@ class Sources(ExportCase):
             (raw / f"{name}-labels-idx1-ubyte").write_bytes(header + bytes(labels.tolist()))
         save(self.folder / "fashion.pt", dataset="fashion-mnist")
         argv = ("--checkpoint", self.folder / "fashion.pt", "--format", "torchscript")
-        with mock.patch.object(script, "load_data", mock.Mock(side_effect=script.load_data)) as load:
+        with mock.patch.object(script, "make_job", mock.Mock(side_effect=script.make_job)) as make:
             rows, out = self.export(*argv, "--data-dir", self.folder / "data")
-            found = script.load_data(*load.call_args.args)
+            found = script.make_job(*make.call_args.args)
         self.assertIn("compared on 120 fashion-mnist test images", out)
         (images, labels), (some, _) = parts["t10k"], parts["train"]
         accuracy = float((MODEL((images / 255 - MEAN[0]) / STD[0]).argmax(1) == labels).double().mean())

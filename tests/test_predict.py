@@ -411,6 +411,12 @@ class CommandLine(ScriptCase):
     def test_images_or_a_data_set_but_not_both_or_none(self) -> None:
         for extra in ((), (self.digit, "--dataset", "mnist")):
             self.assertIn("give image files, or --dataset", self.refused("--checkpoint", self.checkpoint, *extra))
+        for text, extra in (
+            ("--data-dir and --report go with --dataset", (self.digit, "--data-dir", self.folder)),
+            ("--invert and --top go with image files", ("--dataset", "mnist", "--top", 2)),
+            ("--invert and --top go with image files", ("--dataset", "mnist", "--no-invert")),
+        ):
+            self.assertIn(text, self.refused("--checkpoint", self.checkpoint, *extra))
         self.assertIn("--checkpoint", self.refused(self.digit))
         self.assertIn("--mean", self.refused("--checkpoint", self.checkpoint, "--mean", "a,b", self.digit))
 

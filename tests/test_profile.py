@@ -8,6 +8,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -102,11 +104,8 @@ class Verdict(unittest.TestCase):
     def verdict(self, data: float = 0.0, transfer: float = 0.0, **changes: Any) -> tuple[str, str, str]:
         """Return the verdict on a step of 1 s, which half the batch makes in 0.5 s."""
         split = {"data": data, "transfer": transfer, "step": 1.0}
-        measured: dict[str, Any] = {"step": 1.0, "bare": 1.0, "half": 0.5, "products": 0.6, "split": split}
-        options = {"precision": "fp32", "bf16_is_native": False, "compile": None, "batch_size": 32}
-        for name, value in changes.items():
-            (options if name in options else measured)[name] = value
-        return script.verdict(**measured, options=options)
+        measured: dict[str, Any] = {"step": 1.0, "bare": 1.0, "half": 0.5, "products": 0.6, "try_bf16": False}
+        return script.verdict(split=split, **(measured | changes))
 
     def test_each_rule_and_its_border(self) -> None:
         for expected, changes in (
@@ -128,11 +127,11 @@ class Verdict(unittest.TestCase):
         for changes, figure, change, absent in (
             ({"bare": 0.3, "data": 0.9}, "300.00 ms instead of 1000.00 ms", "num_workers", "pin"),
             ({"bare": 0.3, "transfer": 0.9}, "instead of", "pin_memory", "num_workers"),
-            ({"half": 0.9}, "half the batch takes 90%", "--batch-size 64", "bf16"),
-            ({"half": 0.9, "compile": ["default"]}, "90%", "--batch-size 64", "--compile"),
-            ({"bf16_is_native": True}, "60%", "--precision bf16", "--compile"),
-            ({"bf16_is_native": True, "precision": "bf16"}, "60%", "smaller model", "--precision"),
+            ({"half": 0.9}, "half the batch takes 90%", "twice the --batch-size", "bf16"),
+            ({"try_bf16": True}, "60%", "--precision bf16", "--compile"),
+            ({}, "60%", "smaller model", "--precision"),
             ({"products": 0.2}, "20%", "--compile", "bf16"),
+            ({"products": 0.2, "try_bf16": True}, "20%", "--precision bf16", "smaller model"),
         ):
             with self.subTest(changes):
                 _, found, advice = self.verdict(**changes)
@@ -193,7 +192,7 @@ class Times(unittest.TestCase):
             return batch
 
         with mock.patch.object(script, "to_device", move):
-            split = script.time_phases(work, self.slow_batches(0.04), 4)
+            split = script.time_spans(work, self.slow_batches(0.04), 4)
         expected = {"data": 0.04, "transfer": 0.003, "forward": 0.01, "backward": 0.02, "optimizer": 0.005}
         for name, seconds in (expected | {"step": sum(expected.values())}).items():
             self.assertAlmostEqual(split[name], seconds, places=9, msg=name)
@@ -202,27 +201,31 @@ class Times(unittest.TestCase):
         inner = Slow(self.clock, 0.5)
         model = Slow(self.clock, 0.25, nn.Sequential(inner, inner))  # the same layer twice
         work = script.make_work(model, self.batch, CPU, "fp32")
-        seconds, step = script.time_modules(work, self.batch, 3)
+        names = dict(model.named_modules())
+        seconds = script.time_spans(work, itertools.repeat(self.batch), 3, names.values())
         expected = {"": 0.25, "inner": 0.0, "inner.0": 1.0, "inner.0.inner": 0.0}
-        self.assertEqual({name: round(value, 9) for name, value in seconds.items()}, expected)
-        self.assertAlmostEqual(step, 3 * 1.25)  # backward included
+        self.assertEqual({name: round(seconds[module], 9) for name, module in names.items()}, expected)
+        self.assertAlmostEqual(seconds["step"], 3 * 1.25)  # backward included
         self.assertFalse([module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks])
 
     def test_repeats_come_after_a_warm_up_and_more_than_30_percent_between_them_mean_a_busy_machine(self) -> None:
         work = script.make_work(Slow(self.clock, 0.01), self.batch, CPU, "fp32")
-        times = script.time_repeats(work, self.slow_batches(0.07), 2)
-        self.assertEqual([round(t, 9) for t in times], [0.1] * 3)
+        self.assertAlmostEqual(script.median_step(work, self.slow_batches(0.07), 2), 0.1)
         self.assertAlmostEqual(self.clock.now, 1000 + 0.1 * (script.WARMUP + 3 * 2))
-        self.assertEqual(script.busy([1.0, 1.29, 1.1], [2.0, 2.0]), "")
-        self.assertIn("one pass took 31% longer", script.busy([2.0, 2.0], [1.0, 1.31, 1.1]))
+        for times, warns in (((9.0, 1.0, 1.29, 1.1), False), ((9.0, 1.0, 1.31, 1.1), True)):  # the first is the warm-up
+            steps = mock.patch.object(script, "time_steps", side_effect=times)
+            with steps, warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                self.assertEqual(script.median_step(work, self.slow_batches(0.0), 2), 1.1)
+            self.assertEqual(["the machine is busy" in str(one.message) for one in said], [True] * warns)
 
     def test_the_device_is_waited_for_after_each_phase_but_only_around_unsynchronised_steps(self) -> None:
         work = script.make_work(nn.Linear(2, 2), self.batch, CPU, "fp32")
         with mock.patch.object(script, "synchronize") as synchronize:
             script.time_steps(work, itertools.repeat(self.batch), 5)
             self.assertEqual(synchronize.call_count, 2)
-            script.time_phases(work, itertools.repeat(self.batch), 5)
-            self.assertEqual(synchronize.call_count, 2 + 1 + 5 * (len(script.PHASES) + 1))
+            script.time_spans(work, itertools.repeat(self.batch), 5)
+            self.assertEqual(synchronize.call_count, 2 + 2 * 5 * (len(script.PHASES) + 1))
 
 
 class Memory(unittest.TestCase):
@@ -305,6 +308,9 @@ class Command(InFolder):
         patch.start()
         self.addCleanup(patch.stop)
         self.addCleanup(sys.modules.pop, "mine_of_this_test", None)
+        calm = mock.patch.object(script, "BUSY", math.inf)
+        calm.start()
+        self.addCleanup(calm.stop)
         (self.folder / "mine_of_this_test.py").write_text(MINE, encoding="utf-8")
 
     def profile(self, *argv: str) -> tuple[int, str, str]:
@@ -352,17 +358,19 @@ class Command(InFolder):
         table = out[out.index("first step ms") :].splitlines()[1:4]
         self.assertEqual([re.split("  +", row)[0] for row in table], ["not compiled", "default", "max-autotune"])
 
-    def test_a_busy_machine_is_named_beside_the_times(self) -> None:
+    def test_a_busy_machine_is_named_once_beside_the_times(self) -> None:
         mine = ["--model", "mine_of_this_test:model", "--loader", "mine_of_this_test:batches"]
-        with mock.patch.object(script, "time_repeats", return_value=[1.0, 1.1, 1.4]):
-            self.assertIn("the machine is busy: one pass took 40% longer", self.profile(*mine)[1])
-        with mock.patch.object(script, "time_steps", side_effect=itertools.cycle([1.4, 1.0, 1.0])):
-            self.assertIn("the machine is busy: one pass took 40% longer", self.profile(*mine, "--memory")[1])
+        for report in ([], ["--memory"]):
+            uneven = itertools.cycle([1.0, 1.0, 1.4])
+            with mock.patch.object(script, "BUSY", 0.3), mock.patch.object(script, "time_steps", side_effect=uneven):
+                code, _, errors = self.profile(*mine, *report)
+            self.assertEqual((code, errors.count("\n")), (0, 1), errors)
+            self.assertRegex(errors, "^warning: the machine is busy")
 
     def test_bad_input_gets_one_line(self) -> None:
         mine = "mine_of_this_test"
         for text, argv in (
-            ("--model nope: expected ", ["--model", "nope"]),
+            ("expected a model of mnistnet, ", ["--model", "nope"]),
             ("No module named 'nope_x'", ["--model", "nope_x:y"]),
             ("has no attribute 'y'", ["--model", f"{mine}:y"]),
             ("expected a torch.nn.Module, got list", ["--model", f"{mine}:batches"]),
@@ -373,6 +381,7 @@ class Command(InFolder):
             ("--checkpoint-activations: not allowed with", ["--compile", "--checkpoint-activations"]),
             ("--memory: not allowed with", ["--checkpoint-activations", "--memory"]),
             ("--trace does not go with --memory", ["--trace", "x.json", "--memory"]),
+            ("--trace does not go with --memory and --compile", ["--trace", "x.json", "--compile"]),
             ("--batch-size and --input-shape do not", ["--loader", f"{mine}:batches", "--batch-size", "8"]),
         ):
             with self.subTest(argv):
