@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import importlib
 import importlib.util
 import io
 import json
@@ -225,7 +224,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
         raise ValueError(f"{args.checkpoint}: its metadata has no model; train with Trainer(metadata={{'model': …}}), "
                          "or give --model")  # fmt: skip
     if args.model and ":" in args.model:
-        model = load_own(args.model)
+        model = cli.call_by_name(args.model, "--model", nn.Module)
     elif name in tb.MODELS:
         model = tb.make_model(metadata | {"model": name})
     else:  # of train_folder
@@ -240,19 +239,6 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
         except RuntimeError as error:
             raise ValueError(f"{args.checkpoint}: its weights are not those of {name}: {error}") from error
     return model.cpu().eval().requires_grad_(False), metadata
-
-
-def load_own(name: str) -> nn.Module:
-    """Return the model that the module:callable `name` returns. The module may be in the current folder."""
-    module, _, attribute = name.partition(":")
-    sys.path.append(os.getcwd())
-    try:
-        model = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"--model {name}: {error}; expected module:callable, called without arguments") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"--model {name}: gave a {type(model).__name__}, expected an nn.Module")
-    return model
 
 
 def make_job(model: nn.Module, metadata: dict[str, Any], args: argparse.Namespace) -> Job:

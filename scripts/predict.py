@@ -11,10 +11,8 @@ scaled to their image size.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,15 +110,7 @@ def make_model(facts: dict[str, Any], own: str | None) -> nn.Module:
         if facts["model"] not in models.list_models(module=models):
             raise ValueError(f"--model {facts['model']}: not one of ours or torchvision's; give module:callable")
         return models.get_model(facts["model"], weights=None, num_classes=facts["num_classes"])
-    module, _, name = own.partition(":")
-    sys.path.append(os.getcwd())
-    try:
-        model = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"--model {own}: {error}; expected module:callable, called without arguments") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"--model {own}: gave a {type(model).__name__}, expected an nn.Module")
-    return model
+    return cli.call_by_name(own, "--model", nn.Module)
 
 
 def to_grey(image: Image.Image) -> Tensor:

@@ -400,17 +400,6 @@ def profile_time(work: Work, args: argparse.Namespace, batches: Iterator, batch:
     print(f"of a step of {by_module['step'] * 1e3:.3f} ms, synchronised before and after each module")
 
 
-def made_by(text: str, option: str) -> Any:
-    """Return what `module:callable` returns. Modules of the current folder are found, too, but after all others."""
-    module, _, name = text.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"{option} {text}: {error}; expected module:callable, called without arguments") from error
-
-
 def load_model(args: argparse.Namespace, shape: tuple[int, ...]) -> nn.Module:
     """Return a new model for samples of `shape`, always with the same weights."""
     tb.set_seed()
@@ -418,16 +407,13 @@ def load_model(args: argparse.Namespace, shape: tuple[int, ...]) -> nn.Module:
         if len(shape) != 3 or shape[1] != shape[2]:
             raise ValueError(f"--input-shape: {args.model} takes channels and two equal sides, such as 1,28,28")
         return tb.make_model({"model": args.model, "in_channels": shape[0], "image_size": shape[-1]})
-    model = made_by(args.model, "--model")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"--model {args.model}: expected a torch.nn.Module, got {type(model).__name__}")
-    return model
+    return cli.call_by_name(args.model, "--model", nn.Module)
 
 
 def load_data(args: argparse.Namespace, model: nn.Module) -> tuple[Iterable, str]:
     """Return batches (inputs, targets), and what they are."""
     if args.loader:
-        return made_by(args.loader, "--loader"), args.loader
+        return cli.call_by_name(args.loader, "--loader"), args.loader
     inputs = torch.randn(args.batch_size, *args.input_shape)  # (B, C, H, W)
     with torch.no_grad(), evaluation_mode(model):
         outputs = model(inputs[:2])  # (2, classes, ...)

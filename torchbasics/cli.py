@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import io
 import math
 import os
@@ -83,6 +84,23 @@ def path_argument(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got an empty one")
     return text
+
+
+def call_by_name(text: str, option: str, kind: type = object) -> Any:
+    """Return what the callable with the name `module:callable` returns, called without arguments: a `kind`.
+
+    Modules in the current folder are found, after all others. Raises ValueError, which names `option`.
+    """
+    module, _, name = text.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        value = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{option} {text}: {error}; expected module:callable, called without arguments") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{option} {text}: gave a {type(value).__name__}, expected a {kind.__name__}")
+    return value
 
 
 def printable(text: object) -> str:
