@@ -247,7 +247,10 @@ class Watch(RunCase):
     def test_samples_are_those_trained_here_since_the_start_or_resume(self) -> None:
         sampler: Any = SimpleNamespace(num_replicas=2)  # as of a DistributedSampler
         distributed = DataLoader(TensorDataset(torch.zeros(16)), 4, sampler=sampler)
-        for loader, batch, rate in ((loader_of(10), 2, "4"), (distributed, 0, "11"), ([1, 2, 3], 0, "-")):
+        resumed_in_validation = (loader_of(10), 3, "-")
+        for loader, batch, rate in (
+            (loader_of(10), 2, "4"), resumed_in_validation, (distributed, 0, "11"), ([1, 2, 3], 0, "-"),
+        ):  # fmt: skip
             out = io.StringIO()
             trainer = self.watched(self.trainer(batch=batch), loader, out=out, err=io.StringIO())
             self.train(trainer, 3, train_loss=1.0, lr=0.1)

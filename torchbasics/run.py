@@ -208,7 +208,7 @@ class _Table:
         seconds = time.monotonic() - self.began  # validation included
         samples = self.count_samples()
         values = {name: values[-1] for name, values in trainer.history.items()}
-        values |= {"epoch": trainer.epoch, "samples/s": samples and samples / seconds, "sec": seconds}
+        values |= {"epoch": trainer.epoch, "samples/s": samples / seconds if samples else None, "sec": seconds}
         print_line(self.row(values) + (" best" if trainer.best_epoch == trainer.epoch - 1 else ""))
         self.start_epoch(0)
 
