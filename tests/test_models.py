@@ -69,10 +69,10 @@ class ParameterCounts(unittest.TestCase):
         weights = 25 * 16 + 2 * 16 + 9 * 16 * 48 + 2 * 48 + 16 * 48 * 256 + 2 * 256
         self.assertEqual(weights + linear(256, 10), 207_130)
         self.check(FastNet(), 207_130)
-        pairs = ((1, 16), (16, 32), (32, 64), (64, 128))
-        self.assertEqual(sum(9 * n * m + 2 * m for n, m in pairs) + linear(4 * 128, 10), 102_522)
-        self.check(SmallVGG(), 102_522)
-        self.check(make_model({"model": "widevgg"}), 398_570)
+        pairs = ((1, 16), (16, 32), (32, 64), (64, 64), (64, 128))
+        self.assertEqual(sum(9 * n * m + 2 * m for n, m in pairs) + linear(4 * 128, 10), 139_514)
+        self.check(SmallVGG(), 139_514)
+        self.check(make_model({"model": "widevgg"}), 558_514)
 
 
 class Forward(unittest.TestCase):
@@ -120,11 +120,11 @@ class Forward(unittest.TestCase):
         torch.testing.assert_close(model(x), F.linear(h, w[9], w[10]))
 
     def test_small_vgg_against_functional_calls(self) -> None:
-        model, h = SmallVGG(image_size=24, channels=(1, 2, 4, 8)).eval(), torch.randn(2, 1, 24, 24)
+        model, h = SmallVGG(image_size=24, channels=(1, 2, 4, 3, 8)).eval(), torch.randn(2, 1, 24, 24)
         logits = model(h)
         for i, weight in enumerate(p for p in model.parameters() if p.ndim == 4):
             h = F.relu(F.conv2d(h, weight) * FRESH_NORM)
-            h = h if i % 2 else F.max_pool2d(h, 2)
+            h = F.max_pool2d(h, 2) if i % 2 else h
         torch.testing.assert_close(logits, F.linear(h.flatten(1), model.classifier.weight, model.classifier.bias))
 
     def test_each_model_gives_finite_logits_and_every_parameter_a_gradient(self) -> None:
@@ -179,7 +179,7 @@ class MakeModel(unittest.TestCase):
             "simplenet": SimpleNet(3 * 32 * 32, num_classes=7),
             "fastnet": FastNet(7, 3, 32),
             "smallvgg": SmallVGG(7, 3, 32, 0.1),
-            "widevgg": SmallVGG(7, 3, 32, 0.1, channels=(32, 64, 128, 256)),
+            "widevgg": SmallVGG(7, 3, 32, 0.1, channels=(24, 48, 96, 192, 192)),
         }
         self.assertEqual(set(models.MODELS), set(expected))
         config = {"num_classes": 7, "in_channels": 3, "image_size": 32, "dropout": 0.1, "learning_rate": 1e-3}
