@@ -4,7 +4,8 @@
     python scripts/train_mnist.py --resume runs/mnist-20260102-030405
 
 Without MNIST and without a network it trains on digits that the program draws, and says so. To train on other data,
-change `make_loaders`, `make_model` and `judge`, and remove the options that only they use.
+change `make_loaders`, `make_model` and `judge`, in `main` the criterion and `samples=`, and the last lines of
+`print_result`. Then remove the options that only they used, from the parser, PRESETS and FREE_ON_RESUME too.
 """
 
 from __future__ import annotations
@@ -131,8 +132,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[Any], dict[str, Any], str]:
     """Return loaders for training, validation and test, facts about the data, and a notice for the user.
 
-    A loader may be a DataLoader: it has a length and a `dataset`, and gives batches (images (B, C, H, W) float32,
-    normalised; labels (B,) int64). The facts are stored in each checkpoint: `judge` needs the classes, predict.py and
+    A loader may be a DataLoader, also with shuffle=True and workers: it has a length and a `dataset`, and gives batches
+    (images (B, C, H, W) float32, normalised; labels (B,) int64). --limit-batches would then be its
+    `sampler=RandomSampler(dataset, num_samples=N * args.batch_size)`. The facts are stored in each checkpoint: `judge` needs the classes, predict.py and
     export.py all of them. Uses --dataset, --data-dir, --augment, --batch-size, --limit-batches and --seed.
     """
     train, val, test, name, notice = tb.load_splits(args.dataset, args.data_dir, val_size=5000, seed=args.seed)

@@ -46,11 +46,11 @@ class Readme(unittest.TestCase):
             logged: list[dict[str, float]] = []
             names["wandb"] = types.SimpleNamespace(log=lambda values, step: logged.append(values))
             names["trainer"].fit(names["train_loader"], names["val_loader"], num_epochs=3)
-            images = names["images"][:200]
-            model = nn.Sequential(nn.Flatten(), nn.Linear(784, 784), nn.Unflatten(1, (1, 28, 28)))
-            loader = tb.TensorLoader(images, torch.zeros(200), batch_size=50)
-            trainer = names["Autoencoder"](model, None, torch.optim.Adam(model.parameters()))
-            losses = trainer.fit(loader, loader, num_epochs=2)["val_loss"]
+            model = nn.Bilinear(4, 3, 2)
+            image, text = torch.randn(40, 4), torch.randn(40, 3)
+            batch = {"image": image, "text": text, "label": (image[:, 0] * text[:, 0] > 0).long()}
+            trainer = names["TwoInputs"](model, nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters(), 0.1))
+            losses = trainer.fit([batch], [batch], num_epochs=2)["val_loss"]
         self.assertLess(names["history"]["val_loss"][-1], math.log(10))  # better than guessing
         self.assertLess(losses[1], losses[0])
         self.assertEqual(out.getvalue().count("\n"), 3 + 2)  # a line for each epoch

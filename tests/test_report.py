@@ -295,7 +295,7 @@ class Page(unittest.TestCase):
         options = {"epochs": 3, "lr": 0.1, "seed": 7, "output": str(self.folder), "batch_size": 32}
         info = {"command": f"scripts/train.py --lr 0.1 --output '{self.folder}'", "options": options,
                 "notice": "NOTICE: drawn digits", "result": {"train_seconds": 12.34}, "dataset": "mnist",
-                "classes": ("0", "1")}  # fmt: skip
+                "classes": ("0", "1"), "model": "cnn", "mean": (0.0,)}  # fmt: skip
         defaults = {"lr": 0.01, "seed": 7, "output": None, "batch_size": 32, "epochs": 3}
         report = Report(self.folder, info, three_epochs(), defaults=defaults,
                         samples=(torch.zeros(4, 1, 28, 28), torch.tensor([0, 1, 1, 0])))  # fmt: skip
@@ -315,6 +315,19 @@ class Page(unittest.TestCase):
         self.assertIn(f"python scripts/train.py --resume '{self.folder}'", reader.text)
         self.assertIn(f"python scripts/predict.py --checkpoint '{self.folder}'/checkpoints/best.pt IMAGE", reader.text)
         self.assertEqual(reader.tags.count("figure"), 4 + len(report.judgement.mistakes))
+
+    def test_of_a_regression_the_page_gives_losses_and_no_command_that_cannot_work(self) -> None:
+        trainer = three_epochs()
+        trainer.history |= {"train_acc": [None] * 3, "val_acc": [None] * 3}
+        info = {"command": "train.py", "result": {"test_loss": 0.5, "test_mae": 0.25, "train_seconds": 1.0}}
+        Report(self.folder, info, trainer).write()
+        text = self.read().text
+        best = f"the best, epoch 2, has a validation loss of {trainer.history['val_loss'][1]:.4g}"
+        self.assertIn(f"3 epochs are done; {best}; test loss 0.5; test mae 0.25.", text)
+        for absent in ("acc", "predict.py", "export.py"):
+            self.assertNotIn(absent, text)
+        Report(self.folder, info | {"model": "mine:make", "mean": (0.0,)}, trainer).write()
+        self.assertIn("predict.py --model mine:make --checkpoint", self.read().text)
 
     def test_of_many_classes_the_matrix_has_those_with_the_lowest_recall_and_the_table_all(self) -> None:
         classes = tuple(f"class {i}" for i in range(200))
@@ -356,7 +369,7 @@ class Page(unittest.TestCase):
         with Report(self.folder, {}, trainer):
             pass
         text = self.read().text
-        self.assertIn("2 epochs are done.", text)
+        self.assertIn("2 epochs are done; the best, epoch 2, has a validation loss of 1.25.", text)
         self.assertIn("best: epoch 2", text)
         self.assertNotIn("accuracy", text)
 

@@ -582,10 +582,18 @@ class RefusalTest(unittest.TestCase):
             def forward(self, x: Tensor) -> Tensor:
                 return super().forward(x).detach()
 
+        class TwoResults(tb.Trainer):
+            def compute_loss(self, batch: Any) -> Any:
+                return super().compute_loss(batch)[:2]
+
+        model = make_model()
+        parts = model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1)
         regression = make_trainer(nn.Linear(6, 1), nn.MSELoss())
         cases = [
             ("expected a batch .inputs, targets., got a tensor of shape .2, 6.", make_trainer(), X[:2]),
             ("got a tuple of 3 parts", make_trainer(), (X, Y, Y)),
+            ("got a dict with the keys x, y;", make_trainer(), {"x": X, "y": Y}),
+            ("must return .loss, outputs, targets., got a tuple of 2 parts", TwoResults(*parts), (X, Y)),
             ("must have the same shape.*40, 1", regression, (X, Y.float())),
             ("must have the same shape.*40, 1", make_trainer(nn.Linear(6, 1), F.l1_loss), (X, Y.float())),
             ("no parameter that requires a gradient", make_trainer(Detached(6, 3)), (X, Y)),
@@ -594,6 +602,12 @@ class RefusalTest(unittest.TestCase):
         for message, trainer, batch in cases:
             with self.subTest(message), self.assertRaisesRegex(ValueError, message):
                 fit(trainer, batch)
+
+    def test_a_metric_that_was_broadcast_is_refused(self) -> None:
+        errors = {"mae": lambda outputs, targets: (outputs - targets[:, 0]).abs()}  # (40, 1) - (40,): (40, 40)
+        trainer = make_trainer(nn.Linear(6, 1), nn.MSELoss(), metrics=errors)
+        with self.assertRaisesRegex(ValueError, "'mae' gave a tensor of shape .40, 40..*for targets .40, 1."):
+            trainer.fit([(X, Y.float()[:, None])], None, 1, verbose=False)
 
     def test_several_processes_without_a_group_are_refused(self) -> None:
         os.environ["WORLD_SIZE"] = "2"

@@ -89,7 +89,7 @@ def predict(model: nn.Module, image: Tensor, device: torch.device | str | None =
 def predict_all(
     model: nn.Module, loader: Iterable, device: torch.device | str | None = None, *, precision: str = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """Return (outputs, targets) of all batches (inputs, targets) of `loader`, on the CPU.
+    """Return (outputs, targets) of all batches (inputs, targets) of `loader`, on the CPU. Batches must be such pairs.
 
     Outputs are float32 (N, ...). Change no weight, mode or random state. Raise ValueError for an empty loader.
     """

@@ -159,7 +159,7 @@ def advice_on_curves(history: Mapping[str, Sequence[Any]]) -> list[str]:
     reached, judged = history["train_acc"][last], history["val_acc"][last]
     if None not in (reached, judged) and reached < 0.9 and judged > reached - 0.02:
         return [f"The model underfits: its accuracy is only {reached:.1%} on the training data themselves. "
-                "A larger model, a higher rate, or less dropout and augmentation help."]  # fmt: skip
+                "More epochs, a larger model, a higher rate, or less dropout and augmentation help."]  # fmt: skip
     return []
 
 
@@ -239,7 +239,11 @@ class Report:
         line = f"{epochs}{total} epochs are done"
         if best is not None and history["val_acc"][best] is not None:
             line += f"; the best, epoch {best + 1}, has a validation accuracy of {history['val_acc'][best]:.2%}"
-        return line + "."
+        elif best is not None and history["val_loss"][best] is not None:
+            line += f"; the best, epoch {best + 1}, has a validation loss of {history['val_loss'][best]:.4g}"
+        figures = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.info.get("result", {}).items()
+                   if name.startswith("test_") and isinstance(value, float)]  # fmt: skip
+        return "; ".join([line, *figures]) + "."
 
     def training_images(self) -> str:
         if self.samples is None or not isinstance(self.samples[0], Tensor) or self.samples[0].dim() != 4:
@@ -272,6 +276,8 @@ class Report:
         if not words:
             return []
         script, scripts, run = (shlex.quote(str(path)) for path in (words[0], Path(words[0]).parent, self.folder))
+        model = self.info.get("model")
+        own = f" --model {shlex.quote(model)}" if model is not None and ":" in model else ""
         if "--output" in words:  # a run never overwrites another
             at = words.index("--output")
             del words[at : at + 2]
@@ -281,9 +287,10 @@ class Report:
             f"diff {run}/metrics.jsonl {run}-again/metrics.jsonl",
             "# continue it, if it was interrupted",
             f"{self.launcher} {script} --resume {run}",
-            "# use its best weights",
-            f"python {scripts}/predict.py --checkpoint {run}/checkpoints/best.pt IMAGE",
-            f"python {scripts}/export.py --checkpoint {run}/checkpoints/best.pt",
+        ] + [
+            f"python {scripts}/{use}{own} --checkpoint {run}/checkpoints/best.pt{image}"
+            for use, image in (("predict.py", " IMAGE"), ("export.py", ""))
+            if model is not None and "mean" in self.info  # else they could not build the model, or prepare an image
         ]
 
 
@@ -338,6 +345,7 @@ def curves(history: Mapping[str, Sequence[Any]], best_epoch: int | None) -> str:
     if not charts:
         return ""
     drawn = "".join(chart(name, lines, best_epoch) for name, lines in charts.items())
+    history = {name: values for name, values in history.items() if any(value is not None for value in values)}
     head = "".join(f"<th>{text(name.replace('_', ' '))}</th>" for name in ("epoch", *history))
     rows = []
     for i, values in enumerate(zip(*history.values(), strict=True)):

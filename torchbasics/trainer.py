@@ -284,7 +284,10 @@ class Trainer:
     def forward(self, batch: Any, count: float) -> tuple[Tensor, list[Figure]]:
         """Return the loss of one batch on the device, and what it adds to the means."""
         with autocast(self.device, self.precision), equal_shapes() if self.step == 0 else contextlib.nullcontext():
-            loss, outputs, targets = self.compute_loss(batch)
+            result = self.compute_loss(batch)
+        if not (isinstance(result, tuple) and len(result) == 3):
+            raise ValueError(f"compute_loss must return (loss, outputs, targets), got {describe(result)}")
+        loss, outputs, targets = result
         if self.step == 0:
             self.check_loss(loss)
         if not count:  # other processes have targets: run backward with a zero loss, so that gradients synchronise
@@ -331,12 +334,18 @@ class Trainer:
     @torch.no_grad()
     def metric_figures(self, outputs: Any, targets: Any) -> list[Figure]:
         """Return the figures of `metrics`, which are weighted by targets, never by class weights."""
-        counted = torch.ones(len(evaluation.first_tensor(targets)), dtype=torch.bool, device=self.device)
+        first = evaluation.first_tensor(targets)
+        counted = torch.ones(len(first), dtype=torch.bool, device=self.device)
         if evaluation.is_classification(self.criterion) and isinstance(targets, Tensor):
             counted = torch.as_tensor(targets != self.criterion.ignore_index)  # type: ignore[union-attr]
         figures: list[Figure] = []
         for name, metric in self.metrics.items():
             values = torch.as_tensor(metric(outputs, targets), device=self.device).float()
+            if values.numel() not in (1, len(first), first.numel()):  # such as (B, 1) and (B,), broadcast to (B, B)
+                raise ValueError(
+                    f"the metric {name!r} gave {describe(values)} for targets {tuple(first.shape)}; expected one value "
+                    "per target, or their mean"
+                )
             # One value per target, or their mean, which then stands for each of them. NaN does not count.
             kept = counted if values.dim() == 0 or values.shape == counted.shape else True
             weights = (~values.isnan() & kept).float()
@@ -1015,4 +1024,6 @@ def describe(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)} parts"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(str, value)):.80}"
     return f"{type(value).__name__} {value!s:.80}"
