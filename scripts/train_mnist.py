@@ -134,8 +134,9 @@ def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[A
 
     A loader may be a DataLoader, also with shuffle=True and workers: it has a length and a `dataset`, and gives batches
     (images (B, C, H, W) float32, normalised; labels (B,) int64). --limit-batches would then be its
-    `sampler=RandomSampler(dataset, num_samples=N * args.batch_size)`. The facts are stored in each checkpoint: `judge` needs the classes, predict.py and
-    export.py all of them. Uses --dataset, --data-dir, --augment, --batch-size, --limit-batches and --seed.
+    `sampler=RandomSampler(dataset, num_samples=N * args.batch_size)`. The facts are stored in each checkpoint: `judge`
+    needs the classes, predict.py and export.py all of them. Uses --dataset, --data-dir, --augment, --batch-size,
+    --limit-batches and --seed.
     """
     train, val, test, name, notice = tb.load_splits(args.dataset, args.data_dir, val_size=5000, seed=args.seed)
     mean, std = tb.channel_statistics(train.inputs)

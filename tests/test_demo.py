@@ -22,6 +22,8 @@ from torchbasics.demo import Sections, show, show_error, skip
 CPU = ("--device", "cpu")
 
 PAGE = """\
+Behind → is a value. A tick: as expected, by another calculation (= ...).
+
 autograd.accumulate: Gradients add up until they are cleared.
 
 A training loop must clear them.
@@ -39,9 +41,9 @@ A training loop must clear them.
         print("power", power)
         show(w**power, 2**power)
     power 1
-    w**power                     → tensor(2.)   ✓
+    w**power                     → tensor(2.)   ✓ = 2**power
     power 2
-    w**power                     → tensor(4.)   ✓
+    w**power                     → tensor(4.)   ✓ = 2**power
     with torch.no_grad():
         (w * 2).requires_grad    → False   ✓
 
@@ -122,6 +124,21 @@ class Page(unittest.TestCase):
         section("autograd.accumulate", "A2")(accumulate)
         self.assertEqual(run_main(section.run, *CPU), (0, PAGE, ""))
 
+    def test_how_an_expected_value_was_computed_follows_or_stands_below(self) -> None:
+        def origins() -> None:
+            """Two."""
+            numbers = [1.0, 2.0, 3.0]
+            show(sum(numbers), 6.0)
+            show(sum(numbers), len(numbers) * 2.0)
+            show(sum(numbers) + 0 * sum(numbers), (numbers[0] + numbers[1] + numbers[2]) / 3 * len(numbers) + 0.0)
+
+        code, out, _ = run(origins)
+        self.assertEqual(code, 0)
+        self.assertIn("sum(numbers)                 → 6.0   ✓\n", out)
+        self.assertIn("sum(numbers)                 → 6.0   ✓ = len(numbers) * 2.0\n", out)
+        self.assertRegex(out, r"→ 6\.0   ✓\n {30,}= \(numbers\[0\] \+ numbers\[1\]")
+        self.assertLessEqual(max(map(len, out.splitlines())), 80)
+
     def test_a_demo_in_a_file_elsewhere_prints_its_own_code(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "my_demo.py")
@@ -135,7 +152,7 @@ class Page(unittest.TestCase):
             spec.loader.exec_module(module)
             code, out, _ = run_main(module.section.run, *CPU)
         self.assertEqual(code, 0)
-        self.assertRegex(out, r"^my.own: Mine\.\n\n    x = 40\n    x \+ 2 +→ 42   ✓\n")
+        self.assertRegex(out, r"my.own: Mine\.\n\n    x = 40\n    x \+ 2 +→ 42   ✓\n")
 
     def test_a_terminal_gets_dimmed_code_and_bold_values_unless_NO_COLOR_is_set(self) -> None:
         for no_color in ("", "1"):

@@ -123,6 +123,9 @@ class Sections:
             return 141
 
     def _run(self, pages: list[_Page], device: torch.device, quiet: bool) -> int:
+        whole = len(pages) == len(self.pages) and not quiet
+        if whole:
+            print("Behind → is a value. A tick: as expected, by another calculation (= ...).\n")
         for page in pages:
             if not quiet:  # before the code runs: it may take seconds
                 print(*(textwrap.fill(part, WIDTH) + "\n" for part in page.heading), sep="\n", flush=True)
@@ -140,7 +143,7 @@ class Sections:
             if names:
                 print(f"{label}: {', '.join(names)}")
         for paragraph in self.description.split("\n\n"):
-            if paragraph.startswith("Try:") and not quiet and len(pages) == len(self.pages):
+            if paragraph.startswith("Try:") and whole:
                 print(f"\n{textwrap.fill(paragraph, WIDTH)}")
         sys.stdout.flush()
         return 1 if failed else 0
@@ -210,17 +213,20 @@ class _Page(io.TextIOBase):
         around = [statement for statement in self.statements if statement.lineno <= line <= statement.end_lineno]
         loops = [statement for statement in around if isinstance(statement, ast.For | ast.While)]
         owner = [*loops, around[-1]][0]  # what the result follows
-        expression = ""
+        expression = origin = ""
         match around[-1]:
-            case ast.Expr(ast.Call(ast.Name("show" | "show_error"), [ast.Lambda(body=shown) | shown, *_])):
+            case ast.Expr(ast.Call(ast.Name(name), [ast.Lambda(body=shown) | shown, other, *_])) if "show" in name:
                 expression = ast.get_source_segment(self.source, shown) or ""
+                names = {node.id for node in ast.walk(other) if isinstance(node, ast.Name)}
+                if name == "show" and names - {"torch"}:  # the expected value was computed: say how
+                    origin = " = " + " ".join((ast.get_source_segment(self.source, other) or "").split())
         comment = "".join(re.findall(r"\)  # (.*)$", self.lines[around[-1].end_lineno])) if expression else ""
         self.add_code(owner.lineno if expression and not loops else owner.end_lineno + 1)
         indent = " " * owner.col_offset
         if wrong is None:
             self.printed.append(indent + self.style("1", text))
             return
-        self.printed.append(self.layout(indent, expression, comment, text, wrong))
+        self.printed.append(self.layout(indent, expression, comment, text, wrong, origin))
         self.next = max(self.next, owner.end_lineno + 1)  # a result replaces its show
         self.right += wrong == ""
         self.failed |= wrong != ""
@@ -229,8 +235,8 @@ class _Page(io.TextIOBase):
         self.printed += [self.style("2", line) for line in self.lines[self.next : end]]
         self.next = max(self.next, end)
 
-    def layout(self, indent: str, expression: str, comment: str, text: str, wrong: str) -> str:
-        """Return `expression  → text   ✓  # comment`, on several lines if that is too long."""
+    def layout(self, indent: str, expression: str, comment: str, text: str, wrong: str, origin: str) -> str:
+        """Return `expression  → text   ✓ = origin  # comment`, on several lines if that is too long."""
         above = []
         start = f"{indent}{expression}".ljust(32) + " → "
         values = text.splitlines() or [""]
@@ -246,7 +252,9 @@ class _Page(io.TextIOBase):
                 values = textwrap.wrap(text, WIDTH - len(start) - len("   ✓"))
         value = textwrap.indent("\n".join(values), " " * len(start)).lstrip()
         mark = self.style("31;1", f"✗ expected {wrong}") if wrong else self.style("32", "✓")
-        result = f"{self.style('2', start)}{self.style('1', value)}   {mark}{self.style('2', note)}"
+        if len(origin) > max(room - len(note), 0):
+            origin = "\n" + textwrap.indent(textwrap.fill(origin.strip(), WIDTH - len(start)), " " * len(start))
+        result = f"{self.style('2', start)}{self.style('1', value)}   {mark}{self.style('2', origin + note)}"
         return "\n".join([*(self.style("2", line) for line in above if line.strip()), result])
 
     def style(self, code: str, text: str) -> str:
