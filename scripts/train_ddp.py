@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import shlex
 import sys
 import time
@@ -35,7 +36,7 @@ import torchbasics as tb
 from torchbasics import cli, distributed
 from torchbasics.report import Judgement, Report
 
-# Augmentation of the training images, at random for each: degrees, share of the size, share of the size.
+# Augmentation: each training image is rotated by up to 10 degrees, shifted and resized by up to 10%, at random.
 ROTATION, SHIFT, SCALING = 10.0, 0.1, 0.1
 # These may change when a run is resumed. All others decide its course.
 FREE_ON_RESUME = {"output", "resume", "quiet", "debug", "data_dir", "save_every", "timeout", "fsdp"}
@@ -70,7 +71,8 @@ def make_parser() -> cli.Parser:
     add("--epochs", type=positive, default=15, metavar="N", help="passes over the training images (default: 15)")
     add("--batch-size", type=positive, default=128, metavar="N", help="images of all processes together (default: 128)")
     add("--lr", type=rate, default=3e-3, metavar="RATE", help="highest learning rate (default: 0.003)")
-    add("--weight-decay", type=cli.number(float, 0), default=1e-2, metavar="W", help="(default: 0.01)")
+    add("--weight-decay", type=cli.number(float, 0), default=1e-2, metavar="W",
+        help="pull of the weights to zero (default: 0.01)")
     add("--clip-norm", type=rate, metavar="NORM", help="limit of the gradient's norm (default: none)")
     add("--accumulate", type=positive, default=1, metavar="N", help="batches per optimizer step (default: 1)")
     add("--ema", type=fraction, default=0.0, metavar="DECAY", help="average the weights, e.g. 0.999 (default: off)")
@@ -87,7 +89,8 @@ def make_parser() -> cli.Parser:
     add("--output", type=cli.path_argument, metavar="DIR", help="new directory (default: runs/DATASET-DATE-TIME)")
     add("--resume", type=cli.path_argument, metavar="DIR", help="continue the run in DIR with its own options")
     add("--save-every", type=positive, metavar="N", help="save every N steps (default: after each epoch)")
-    add("--seed", type=cli.number(int, 0, 2**32 - 1), default=42, metavar="N", help="(default: 42)")
+    add("--seed", type=cli.number(int, 0, 2**32 - 1), default=42, metavar="N",
+        help="of all random numbers (default: 42)")
     add("--limit-batches", type=positive, metavar="N", help="train on N batches per epoch only")
     add("--quiet", action="store_true", help="print the result only")
     add("--debug", action="store_true", help="show tracebacks")
@@ -197,7 +200,7 @@ def train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exit
     else:
         model = distributed.replicate(model, device, sync_bn=args.sync_bn, static=args.accumulate == 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    total = args.epochs * -(-len(train_loader) // args.accumulate)  # one step more than will be taken:
+    total = args.epochs * math.ceil(len(train_loader) / args.accumulate)  # one step more than will be taken:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total + 1, cycle_momentum=False)
     if distributed.rank() > 0:
         tb.set_seed(args.seed + distributed.rank())  # all processes begin with rank 0's weights, not with its dropout

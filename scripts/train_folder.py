@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import shlex
 import statistics
@@ -73,7 +74,8 @@ def make_parser() -> cli.Parser:
     add("--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: 32)")
     add("--lr", type=rate, default=1e-3, metavar="RATE",
         help=f"highest learning rate (default: 0.001); pretrained layers get {BODY_RATE:g} of it")
-    add("--weight-decay", type=cli.number(float, 0), default=1e-2, metavar="W", help="(default: 0.01)")
+    add("--weight-decay", type=cli.number(float, 0), default=1e-2, metavar="W",
+        help="pull of the weights to zero (default: 0.01)")
     add("--clip-norm", type=rate, metavar="NORM", help="limit of the gradient's norm (default: none)")
     add("--accumulate", type=positive, default=1, metavar="N", help="batches per optimizer step (default: 1)")
     add = parser.add_argument_group("machine").add_argument
@@ -85,7 +87,8 @@ def make_parser() -> cli.Parser:
     add("--output", type=cli.path_argument, metavar="DIR", help="new directory (default: runs/folder-DATE-TIME)")
     add("--resume", type=cli.path_argument, metavar="DIR", help="continue the run in DIR with its own options")
     add("--save-every", type=positive, metavar="N", help="save every N steps (default: after each epoch)")
-    add("--seed", type=cli.number(int, 0, 2**32 - 1), default=42, metavar="N", help="(default: 42)")
+    add("--seed", type=cli.number(int, 0, 2**32 - 1), default=42, metavar="N",
+        help="of all random numbers (default: 42)")
     add("--quiet", action="store_true", help="print the result only")
     add("--anomaly", action="store_true", help="name the forward line of a NaN gradient; slow")
     add("--debug", action="store_true", help="show tracebacks")
@@ -432,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
     train_loader, val_loader, test_loader = loaders
     model = make_model(args, facts, device)
     optimizer = make_optimizer(args, model)
-    total = args.epochs * -(-len(train_loader) // args.accumulate)  # one step more than will be taken:
+    total = args.epochs * math.ceil(len(train_loader) / args.accumulate)  # one step more than will be taken:
     rates = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total + 1, cycle_momentum=False)
     criterion = make_criterion(args, train_loader.dataset)
@@ -456,7 +459,7 @@ def main(argv: list[str] | None = None) -> int:
                   f"{tb.device_name(device)}; {trainer.precision}".strip())  # fmt: skip
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
         train = train_loader.dataset
-        samples = train_loader.collate_fn([train[i] for i in range(0, len(train), -(-len(train) // 12))])
+        samples = train_loader.collate_fn([train[i] for i in range(0, len(train), math.ceil(len(train) / 12))])
         report = Report(run.path, run.info, trainer, defaults=vars(make_parser().parse_args([])), samples=samples)
         started = time.monotonic()
         hint = f"continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import math
 import os
 import shlex
 import sys
@@ -32,7 +33,7 @@ from torchbasics import cli
 from torchbasics.device import busy_cores, cpu_seconds
 from torchbasics.report import Judgement, Report
 
-# Augmentation of the training images, at random for each: degrees, share of the size, share of the size.
+# Augmentation: each training image is rotated by up to 10 degrees, shifted and resized by up to 10%, at random.
 ROTATION, SHIFT, SCALING = 10.0, 0.1, 0.1
 # A preset is nothing but other defaults, tuned on held-out training images. What is given beside it wins.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -68,12 +69,14 @@ def make_parser() -> cli.Parser:
     add("--optimizer", choices=("adam", "adamw", "sgd", "rmsprop", "adagrad"), default="adamw", metavar="NAME",
         help="adam, adamw, sgd, rmsprop, adagrad (default: adamw)")
     add("--lr", type=rate, default=3e-3, metavar="RATE", help="highest learning rate (default: 0.003)")
-    add("--weight-decay", type=cli.number(float, 0), default=1e-2, metavar="W", help="(default: 0.01)")
+    add("--weight-decay", type=cli.number(float, 0), default=1e-2, metavar="W",
+        help="pull of the weights to zero (default: 0.01)")
     add("--schedule", choices=("constant", "step", "cosine", "onecycle", "plateau"), default="onecycle",
         metavar="NAME", help="constant, step, cosine, onecycle, plateau (default: onecycle)")
     add("--warmup-epochs", type=cli.number(float, 0), default=0.0, metavar="E",
-        help="linear warm-up (default: 0; onecycle: 30%% of all)")
-    add("--label-smoothing", type=fraction, default=0.0, metavar="S", help="(default: 0)")
+        help="epochs in which the rate rises linearly (default: 0; onecycle: 30%% of all)")
+    add("--label-smoothing", type=fraction, default=0.0, metavar="S",
+        help="share of the target that is spread over all classes (default: 0)")
     add("--clip-norm", type=rate, metavar="NORM", help="limit of the gradient's norm (default: none)")
     add("--clip-value", type=rate, metavar="V", help="limit of the gradient's entries (default: none)")
     add("--accumulate", type=positive, default=1, metavar="N", help="batches per optimizer step (default: 1)")
@@ -92,7 +95,8 @@ def make_parser() -> cli.Parser:
     add("--output", type=cli.path_argument, metavar="DIR", help="new directory (default: runs/DATASET-DATE-TIME)")
     add("--resume", type=cli.path_argument, metavar="DIR", help="continue the run in DIR with its own options")
     add("--save-every", type=positive, metavar="N", help="save every N steps (default: after each epoch)")
-    add("--seed", type=cli.number(int, 0, 2**32 - 1), default=42, metavar="N", help="(default: 42)")
+    add("--seed", type=cli.number(int, 0, 2**32 - 1), default=42, metavar="N",
+        help="of all random numbers (default: 42)")
     add("--deterministic", action="store_true", help="deterministic kernels only")
     add("--dry-run", action="store_true", help="two batches of everything, nothing kept")
     add("--limit-batches", type=positive, metavar="N", help="train on N batches per epoch only")
@@ -265,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.compile:
         model.compile(mode=args.compile)
     optimizer = make_optimizer(args, model)
-    schedule = make_schedule(args, optimizer, -(-len(train_loader) // args.accumulate))
+    schedule = make_schedule(args, optimizer, math.ceil(len(train_loader) / args.accumulate))
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
 
     with contextlib.ExitStack() as stack:
@@ -294,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
                   f"{tb.device_name(device)}; {trainer.precision}".strip())  # fmt: skip
             if device.type == "cpu":
                 print_load(args, busy_cores(load))
-        run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
+        run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)  # prints a table, keeps metrics.jsonl
         report = Report(  # for loaders other than TensorLoader leave `samples` out
             run.path, run.info, trainer, defaults=vars(make_parser().parse_args([])), samples=next(iter(train_loader)),
         )  # fmt: skip

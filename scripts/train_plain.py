@@ -3,7 +3,7 @@
     python scripts/train_plain.py
     python scripts/train_plain.py --epochs 5 --lr 0.002
 
-`train_mnist.py` is the same with everything one wants later: validation, checkpoints, resume, schedules, averages.
+`train_mnist.py` does the same with what one wants later: validation, checkpoints, resume, schedules, a better network.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     model = Net().to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    print(f"training on {len(train_loader.dataset):,} images, {device}", flush=True)
 
     for epoch in range(1, args.epochs + 1):
         start, loss_sum = time.time(), 0.0
         model.train()
         for images, labels in train_loader:
-            labels = labels.to(device)
-            optimizer.zero_grad()  # 1. forget the gradient of the last step
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()  # 1. forget the gradient of the last step, to which backward would add
             loss = criterion(model(images), labels)  # 2. forward: scores, then their loss
             loss.backward()  # 3. backward: the gradient of the loss for every weight
             optimizer.step()  # 4. move every weight a little against its gradient
@@ -65,8 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         correct = 0
         model.eval()  # dropout and batch normalisation, if there were any, behave differently
         with torch.no_grad():
-            for images, labels in test_loader:
-                correct += (model(images).argmax(1).cpu() == labels).sum().item()
+            for images, labels in test_loader:  # to choose between models, hold out other images: see train_mnist.py
+                images, labels = images.to(device), labels.to(device)
+                correct += (model(images).argmax(1) == labels).sum().item()
         mean_loss, accuracy = loss_sum / len(train_loader.dataset), correct / len(test_loader.dataset)
         seconds = time.time() - start
         print(f"epoch {epoch}: training loss {mean_loss:.4f}, test accuracy {accuracy:.2%}, {seconds:.1f} s")

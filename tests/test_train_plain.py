@@ -35,7 +35,8 @@ class TrainPlain(unittest.TestCase):
                 argv = ("--data-dir", folder, "--epochs", "3", "--lr", "0.003", "--batch-size", "32")
                 code, out, err = run_main(load_script("train_plain").main, *argv)
             self.assertEqual((code, err, os.listdir(folder)), (0, "", []))
-        notice, *lines = out.splitlines()
+        notice, start, *lines = out.splitlines()
+        self.assertEqual(start, "training on 1,200 images, cpu")
         self.assertRegex(notice, "^NOTICE: no MNIST in .*no route to host.* drawn")
         line = r"epoch (\d): training loss (\d\.\d{4}), test accuracy (\d+\.\d\d)%, \d+\.\d s"
         epochs = [re.fullmatch(line, text).groups() for text in lines]  # type: ignore[union-attr]

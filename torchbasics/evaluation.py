@@ -9,15 +9,21 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .device import autocast, preserved_random_state
 
-# A part of a mean: (name, value, factor, weight). The mean is the sum of value * factor over the sum of the weights.
-Figure = tuple[str, "Tensor | float", float, "Tensor | float"]
+
+class Figure(NamedTuple):
+    """What a batch adds to the mean of that name: the sum of value * factor over all batches by that of the weights."""
+
+    name: str
+    value: Tensor | float
+    factor: float
+    weight: Tensor | float
 
 
 def evaluate(
@@ -47,7 +53,8 @@ def evaluate(
                 with autocast(place, precision):
                     outputs = in_float32(model(inputs))
                     loss = criterion(outputs, targets)
-                means.add([("loss", loss.reshape(()), count, count), *accuracy_figures(criterion, outputs, targets)])
+                loss_figure = Figure("loss", loss.reshape(()), factor=count, weight=count)
+                means.add([loss_figure, *accuracy_figures(criterion, outputs, targets)])
     means.read()
     values = means.values()
     if "loss" not in values:
@@ -113,7 +120,7 @@ class Means:
         self.waiting: list[list[Figure]] = []
 
     def add(self, figures: list[Figure]) -> None:
-        """Add the figures of one batch: (name, value, factor, weight); value times factor is its part of the sum."""
+        """Add the figures of one batch."""
         self.waiting.append(figures)
 
     def read(self) -> list[float]:
@@ -121,7 +128,7 @@ class Means:
 
         The sums are Python numbers (float64), so the result does not depend on when they are read.
         """
-        tensors = [part for batch in self.waiting for figure in batch for part in (figure[1], figure[3])]
+        tensors = [part for batch in self.waiting for figure in batch for part in (figure.value, figure.weight)]
         numbers = iter(fetch(tensors))
         losses = []
         for name, _, factor, _ in itertools.chain.from_iterable(self.waiting):
@@ -194,7 +201,7 @@ def are_class_scores(outputs: Any, targets: Any) -> bool:
 
 
 def accuracy_figures(criterion: Any, outputs: Any, targets: Any, count: float | None = None) -> list[Figure]:
-    """Return [("acc", correct, 1, targets that count)] for a classification loss and class scores, else [].
+    """Return the figure "acc", correct targets of those that count, for a classification loss and class scores.
 
     `count` is the number of targets that are not ignored, if it is known already.
     """
@@ -203,7 +210,8 @@ def accuracy_figures(criterion: Any, outputs: Any, targets: Any, count: float | 
     correct = outputs.argmax(1) == targets
     if criterion.ignore_index >= 0:  # an ignored target below 0 is never predicted
         correct &= targets != criterion.ignore_index
-    return [("acc", correct.sum(), 1.0, (targets != criterion.ignore_index).sum() if count is None else count)]
+    counted = (targets != criterion.ignore_index).sum() if count is None else count
+    return [Figure("acc", correct.sum(), factor=1.0, weight=counted)]
 
 
 def in_float32(outputs: Any) -> Any:

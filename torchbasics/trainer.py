@@ -262,12 +262,12 @@ class Trainer:
         self.optimizer.zero_grad()
         for i, (batch, count) in enumerate(window, start=1):
             if not count and distributed.world_size() == 1:
-                self.means.add([("loss", 0.0, 0.0, 0.0)])  # nothing to learn from
+                self.means.add([Figure("loss", 0.0, factor=0.0, weight=0.0)])  # nothing to learn from
                 continue
             with distributed.gradient_sync(self.model, wanted=i == len(window)):
                 loss, figures = self.forward(batch, count)
                 self.means.add(figures)
-                if len(self.means.waiting) >= self.log_every or self.is_suspect(loss):
+                if self.note_loss(loss) or len(self.means.waiting) >= self.log_every:
                     self.read_losses(self.batch + i, batch)
                 # Unequal batches count by their targets. DDP and FSDP average over processes: their number makes a sum.
                 loss_weight = count / total * distributed.world_size() if count else 1.0
@@ -292,9 +292,9 @@ class Trainer:
             self.check_loss(loss)
         if not count:  # other processes have targets: run backward with a zero loss, so that gradients synchronise
             zero = (0 * evaluation.first_tensor(outputs)).sum()
-            return zero, [("loss", zero.detach(), 0.0, 0.0)]
+            return zero, [Figure("loss", zero.detach(), factor=0.0, weight=0.0)]
         loss = loss.sum() if loss.dim() else loss  # of one element
-        figures: list[Figure] = [("loss", loss.detach(), count, count)]
+        figures = [Figure("loss", loss.detach(), factor=count, weight=count)]
         if evaluation.is_classification(self.criterion) and isinstance(targets, Tensor):
             if not self.is_counted(batch, targets):
                 self.counts.append((evaluation.count_classes(targets, self.criterion), count))
@@ -349,7 +349,8 @@ class Trainer:
             # One value per target, or their mean, which then stands for each of them. NaN does not count.
             kept = counted if values.dim() == 0 or values.shape == counted.shape else True
             weights = (~values.isnan() & kept).float()
-            figures.append((name, (values.nan_to_num() * weights).sum(), 1.0, weights.sum()))
+            total = (values.nan_to_num() * weights).sum()
+            figures.append(Figure(name, total, factor=1.0, weight=weights.sum()))
         return figures
 
     def update(self) -> bool:
@@ -371,7 +372,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         if norm is not None:
             norm = norm.full_tensor() if distributed.is_sharded(self.model) else norm  # type: ignore[attr-defined]
-            self.means.add([("grad_norm", norm, 1.0, 1.0)])
+            self.means.add([Figure("grad_norm", norm, factor=1.0, weight=1.0)])
         return True
 
     def trained_parameters(self) -> list[Tensor]:
@@ -487,8 +488,8 @@ class Trainer:
 
     # What fit and train_one_epoch call: losses, processes, the loader's position, signals.
 
-    def is_suspect(self, loss: Tensor) -> bool:
-        """Note the loss on a CPU, which need not wait; return whether to read all: it is bad, or counts wait."""
+    def note_loss(self, loss: Tensor) -> bool:
+        """Note the loss on a CPU, where that is free; return whether to look closer: it is bad, or counts wait."""
         if self.device.type != "cpu":
             return False
         self.last_loss = loss.item()

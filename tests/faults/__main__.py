@@ -4,7 +4,7 @@
     python -m tests.faults --full
     python -m tests.faults --full --row kill --row signal --seed 7
 
-A failure is a run that ends otherwise than the undisturbed one, or a file, message or exit code that is not as it must
+A failure is a run that ends differently from the undisturbed one, or a file, message or exit code that is not as it must
 be, or a process that is left. Exit code 1 if there is any.
 """
 
@@ -33,7 +33,7 @@ ROWS: dict[str, tuple[str, Callable[[Row], None]]] = {
     "save-kill": ("SIGKILL before each system call of a save", files.killed_in_a_save),
     "save-fail": ("full disk or I/O error in a save", files.failing_saves),
     "damage": ("bits flipped, files cut short", files.damaged),
-    "foreign": ("checkpoints deleted, strange files", files.foreign),
+    "foreign": ("checkpoints deleted, unrelated files", files.foreign),
     "signal": ("SIGTERM, SIGINT, SIGUSR1, once and twice", kills.signalled),
     "worker": ("a loader's worker or its parent killed", kills.workers),
     "rank": ("one of two processes killed", kills.ranks),
