@@ -48,7 +48,7 @@ def slope_scalar() -> None:
 
 @section("slope.several", "A1")
 def slope_several() -> None:
-    """One backward serves all inputs: y = wx + b has the slopes x along w, w along x, and 1 along b."""
+    """One call of backward fills in all slopes. For y = wx + b: dy/dw = x, dy/dx = w and dy/db = 1."""
     x = torch.tensor(3.0, requires_grad=True)
     w = torch.tensor(2.0, requires_grad=True)
     b = torch.tensor(1.0, requires_grad=True)
@@ -75,7 +75,7 @@ def slope_vector() -> None:
 def accumulate_add() -> None:
     """Gradients add up until they are cleared.
 
-    That helps when several losses share a weight, and means that each step of a training must begin by clearing."""
+    That helps when a weight serves several outputs, and means that each step of a training must begin by clearing."""
     w = torch.tensor(1.0, requires_grad=True)
     (2 * w).backward()
     show(w.grad, 2)
@@ -118,7 +118,8 @@ def off_no_grad() -> None:
         show((w * 2).requires_grad, False)
         w -= 0.5
     show(w, [0.5, 0.5])
-    # the same outside (sub_ is -= as a function); a leaf is a tensor you made
+    # Outside no_grad the same change is an error (sub_ is -= as a function). A leaf
+    # is a tensor made directly, not computed from others.
     show_error(lambda: w.sub_(0.5), RuntimeError, "leaf Variable that requires grad")
 
     @torch.no_grad()  # for a whole function
@@ -130,7 +131,7 @@ def off_no_grad() -> None:
 
 @section("off.detach", "A4")
 def off_detach() -> None:
-    """`detach` gives the value without its history: to backward it is a constant."""
+    """`detach` gives the value without its history: backward treats it as a constant."""
     x = torch.tensor(3.0, requires_grad=True)
     (x * x.detach()).backward()
     show(x.grad, 3)  # the slope of x times the constant 3; that of x * x is 6
@@ -157,7 +158,7 @@ def regression_by_hand() -> None:
             w -= 0.2 * w.grad  # type: ignore[operator]
             b -= 0.2 * b.grad  # type: ignore[operator]
     show((w, b), (3, 2), atol=0.05)
-    # the best line has a formula, as the mean of x is 0
+    # the line with the smallest squared error has a formula; the mean of x is 0
     show((w, b), ((x * y).sum() / (x * x).sum(), y.mean()))
 
 
@@ -177,7 +178,7 @@ def vector_doubling() -> None:
 def graph_walk() -> None:
     """Every result knows the operation that made it, and that operation its inputs: this record is the graph.
 
-    Its ends are the leaves: tensors that you made. AccumulateGrad is the step that adds to the `.grad` of a leaf."""
+    Its ends are the leaves: tensors made directly, not computed from others. AccumulateGrad is the step that adds to the `.grad` of a leaf."""
     x = torch.tensor(1.0, requires_grad=True)
     w = torch.tensor(2.0, requires_grad=True)
     b = torch.tensor(3.0, requires_grad=True)

@@ -44,7 +44,7 @@ def layer_linear() -> None:
         layer.weight.copy_(torch.tensor([[1.0, 0.0, -1.0], [2.0, 1.0, 0.0]]))
         layer.bias.copy_(torch.tensor([10.0, 20.0]))
     # Each row of a batch is a sample and is treated alone.
-    x = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])  # (B, 3)
+    x = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])  # (B, 3): a batch of B samples
     # 1 - 3 + 10 and 2 + 2 + 20, then 2 - 6 + 10 and 4 + 4 + 20
     show(layer(x), [[8.0, 24.0], [6.0, 28.0]])
     # 3 weights and a bias for each of the 2 outputs

@@ -66,14 +66,14 @@ def attributes_basic() -> None:
     """A tensor knows its shape, the type of its numbers, its device and its layout in memory."""
     x = torch.zeros(2, 3, 4)
     show(x.shape, (2, 3, 4))
-    show(x.size(-1), 4)  # of one dimension, here the last; x.size() is the shape
+    show(x.size(-1), 4)  # of the last dimension; x.size() is the shape
     show(x.dim(), 3)
     show(x.numel(), 2 * 3 * 4)  # the number of elements
     show(x.dtype, torch.float32)
     show(x.nbytes, 2 * 3 * 4 * 4)  # a float32 takes 4 bytes
     show(x.device, torch.device("cpu"))  # where it lives
     show(x.layout, torch.strided)  # dense; there are sparse layouts too
-    show(x.requires_grad, False)  # whether to record for derivatives
+    show(x.requires_grad, False)  # autograd_demo explains it
 
 
 @section("dtype.kinds", "T1", "T3")
@@ -87,8 +87,8 @@ def dtype_kinds() -> None:
     show(torch.tensor([1, 2], dtype=torch.float16).dtype, torch.float16)
     # a smaller dtype saves memory, but has a smaller range and precision
     show(torch.float16.itemsize, 2)  # bytes
-    show(torch.tensor(70_000.0, dtype=torch.float16), math.inf)  # too large
-    show(torch.tensor(250, dtype=torch.uint8) + 10, (250 + 10) % 256)  # wraps
+    show(torch.tensor(70_000.0, dtype=torch.float16), math.inf)  # beyond its maximum, 65,504
+    show(torch.tensor(250, dtype=torch.uint8) + 10, (250 + 10) % 256)  # begins again at 0
     # the older torch.Tensor takes sizes or data, and makes float32: avoid it
     show(torch.Tensor(3).shape, (3,))  # three arbitrary values
     show(torch.Tensor([3]).dtype, torch.float32)
@@ -164,8 +164,8 @@ def create_sharing() -> None:
     show(shared, [100, 2, 3])
     shared.numpy()[2] = 0.0
     show(array.tolist(), [100, 2, 0])
-    # NumPy's float64 came along; a float32 network refuses it: convert it
-    show(shared.float().dtype, torch.float32)  # short for .to(torch.float32)
+    # NumPy's numbers are float64, which a float32 network refuses
+    show(shared.float().dtype, torch.float32)  # .float() is .to(torch.float32)
 
 
 @section("index.slices", "T8")
