@@ -178,7 +178,8 @@ def vector_doubling() -> None:
 def graph_walk() -> None:
     """Every result knows the operation that made it, and that operation its inputs: this record is the graph.
 
-    Its ends are the leaves: tensors made directly, not computed from others. AccumulateGrad is the step that adds to the `.grad` of a leaf."""
+    Its ends are the leaves: tensors made directly, not computed from others. AccumulateGrad is the step that adds to
+    the `.grad` of a leaf."""
     x = torch.tensor(1.0, requires_grad=True)
     w = torch.tensor(2.0, requires_grad=True)
     b = torch.tensor(3.0, requires_grad=True)

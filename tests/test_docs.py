@@ -97,7 +97,8 @@ class Readme(unittest.TestCase):
         assert lines is not None
         self.assertEqual(int(lines[1]), len((SCRIPTS / "train_plain.py").read_text(encoding="utf-8").splitlines()))
         copying = README.partition("## Copying")[2].partition("##")[0]
-        alone, beside = re.search(r"relative imports\.(.*)import nothing of ours.*needs(.*)beside it", copying, re.S).groups()  # type: ignore[union-attr]
+        pattern = r"relative imports\.(.*)import nothing of ours.*needs(.*)beside it"
+        alone, beside = re.search(pattern, copying, re.S).groups()  # type: ignore[union-attr]
         self.assertEqual(set(re.findall(r"`(\w+)`", alone)), set(ALONE))
         self.assertEqual(set(re.findall(r"`(\w+)`", beside)), all_siblings("trainer"))
 

@@ -4,8 +4,8 @@
     python -m tests.faults --full
     python -m tests.faults --full --row kill --row signal --seed 7
 
-A failure is a run that ends differently from the undisturbed one, or a file, message or exit code that is not as it must
-be, or a process that is left. Exit code 1 if there is any.
+A failure is a run that ends differently from the undisturbed one, or a file, message or exit code that is not as it
+must be, or a process that is left. Exit code 1 if there is any.
 """
 
 from __future__ import annotations
