@@ -373,7 +373,7 @@ class Command(InFolder):
             ("expected a model of mnistnet, ", ["--model", "nope"]),
             ("No module named 'nope_x'", ["--model", "nope_x:y"]),
             ("has no attribute 'y'", ["--model", f"{mine}:y"]),
-            ("expected a torch.nn.Module, got list", ["--model", f"{mine}:batches"]),
+            ("gave a list, expected a Module", ["--model", f"{mine}:batches"]),
             ("a batch must be two tensors", ["--model", f"{mine}:model", "--loader", f"{mine}:numbers"]),
             ("the loader gave no batch", ["--model", "simplenet", "--loader", "builtins:list"]),
             ("expected a whole number from 1", ["--steps", "0"]),
