@@ -246,6 +246,7 @@ class Report:
         return "; ".join([line, *figures]) + "."
 
     def training_images(self) -> str:
+        """Return a row of at most 12 training images, nothing if the samples are no images."""
         if self.samples is None or not isinstance(self.samples[0], Tensor) or self.samples[0].dim() != 4:
             return ""  # no images
         images, labels = self.samples
@@ -332,6 +333,7 @@ def table(head: str, rows: Iterable[str], kind: str = "") -> str:
 
 
 def settings_table(values: Mapping[str, Any]) -> str:
+    """Return a table of names and values."""
     return table("", [f"<th>{text(name)}</th><td>{text(value)}</td>" for name, value in values.items()], "settings")
 
 

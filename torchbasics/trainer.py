@@ -285,7 +285,7 @@ class Trainer:
         """Return the loss of one batch on the device, and what it adds to the means."""
         with autocast(self.device, self.precision), equal_shapes() if self.step == 0 else contextlib.nullcontext():
             result = self.compute_loss(batch)
-        if not (isinstance(result, tuple) and len(result) == 3):
+        if not (isinstance(result, (tuple, list)) and len(result) == 3):
             raise ValueError(f"compute_loss must return (loss, outputs, targets), got {describe(result)}")
         loss, outputs, targets = result
         if self.step == 0:
