@@ -343,7 +343,7 @@ def print_result(args: argparse.Namespace, result: dict[str, Any], report: Repor
         folder, best = shlex.quote(str(report.folder)), shlex.quote(str(report.folder / "checkpoints" / "best.pt"))
         print(f"report:   {shlex.quote(str(report.path))}")
         print(f"predict:  python {Path(sys.argv[0]).with_name('predict.py')} --checkpoint {best} digit.png")
-        if args.schedule in ("constant", "plateau"):
+        if args.schedule in ("constant", "plateau") and not report.trainer.stopped:
             print(f"continue: python {sys.argv[0]} --resume {folder} --epochs {2 * args.epochs}")
     if report.info["notice"]:
         print(report.info["notice"])

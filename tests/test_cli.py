@@ -134,7 +134,7 @@ class Run(unittest.TestCase):
         with contextlib.redirect_stderr(io.StringIO()) as err, warnings.catch_warnings():
             warnings.simplefilter("always")
             cli.run(lambda argv: warnings.warn("be\nware", stacklevel=1))
-        self.assertEqual(err.getvalue(), "warning: be\\nware\n")
+        self.assertEqual(err.getvalue(), "warning: be ware\n")
         self.assertIs(warnings.showwarning, before)
 
     def test_characters_that_the_terminal_lacks_are_escaped(self) -> None:

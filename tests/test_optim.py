@@ -222,6 +222,14 @@ class Averages(unittest.TestCase):
         averages.update_parameters(model)
         self.assertTrue(torch.equal(averages.module.cache, torch.full((3, 2), 4.5)))  # and averaged from then on
 
+    def test_the_statistics_of_a_compiled_model_are_averaged_too(self) -> None:
+        model = nn.BatchNorm1d(2)
+        averages: Any = averaged_copy(torch.compile(model), 0.9)  # type: ignore[arg-type]
+        for value in (1.0, 4.0):
+            model.running_mean.fill_(value)
+            averages.update_parameters(model)
+        self.assertEqual(averages.module.running_mean.tolist(), [3.0, 3.0])
+
     def test_complex_parameters_are_averaged(self) -> None:
         model = nn.Module()
         model.weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -137,6 +138,20 @@ class ResumeTest(unittest.TestCase):
             stops = [(1, batch) for batch in batches] + [(0, 3), (2, "validation")]
             with self.subTest(loader=name):
                 self.compare(make_loader, stops)
+
+    def test_a_run_stopped_twice_in_the_same_validation_ends_as_if_never_stopped(self) -> None:
+        for name in ("TensorLoader", "DataLoader with a generator"):
+            with tempfile.TemporaryDirectory() as folder:
+                straight = train(make_trainer(folder), LOADERS[name])
+            with self.subTest(loader=name), tempfile.TemporaryDirectory() as folder:
+                for stop in ((1, "validation"), (1, "validation"), None):
+                    trainer = make_trainer(folder, stop)
+                    trainer.resume()
+                    with contextlib.suppress(tb.Interrupted):
+                        train(trainer, LOADERS[name])
+                    self.assertEqual(trainer.pending is None, stop is None)
+                self.assertTrue(same_weights(straight.model, trainer.model))
+                self.assertEqual(straight.history, trainer.history)
 
     def test_a_run_with_accumulation_and_averages_resumes_exactly_also_after_its_last_short_window(self) -> None:
         for name in ("TensorLoader", "DataLoader, shuffled", "loader with a position"):

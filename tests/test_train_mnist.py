@@ -511,6 +511,19 @@ class BadInput(ScriptCase):
         code, _, again = call("--resume", "a", "--anomaly")
         self.assertEqual((code, again.partition("epoch")[0]), (1, first.partition("epoch")[0]))
 
+    def test_anomaly_names_the_line_whose_gradient_is_nan(self) -> None:
+        forward = tb.SimpleNet.forward
+
+        def with_nan_gradient(self: Any, x: Any) -> Any:
+            outputs = forward(self, x)
+            return outputs + torch.sqrt(outputs * 0)  # finite, with a slope of NaN
+
+        with mock.patch.object(tb.SimpleNet, "forward", with_nan_gradient):
+            code, _, err = call(*SMALL, "--output", "a", "--anomaly")
+        self.assertEqual(code, 1)
+        self.assertRegex(err, r"warning: Error detected in MulBackward0.* in with_nan_gradient .*torch.sqrt\(outputs")
+        self.assertIn("error: RuntimeError: Function 'MulBackward0' returned nan", err)
+
 
 class Help(unittest.TestCase):
     def test_help_fits_two_screens_and_lists_exactly_these_options(self) -> None:

@@ -13,6 +13,7 @@ import unittest
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -96,15 +97,23 @@ class LoopTest(unittest.TestCase):
         self.assertTrue(same_weights(trainer.model, other.model))
         self.assertEqual([loss for loss, _ in by_hand], other.history["train_loss"])
         self.assertEqual(trainer.history, {})
+        history = trainer.fit(loader, None, 3, verbose=False)  # the epochs by hand have no value in the history
+        self.assertEqual([loss is None for loss in history["train_loss"]], [True, True, False])
+        self.assertEqual((trainer.best_epoch, len(trainer.epoch_records)), (2, 3))
 
     def test_loaders_without_a_length_work(self) -> None:
         class Stream:
             def __iter__(self) -> Any:
                 return iter(batches(16, 16, 8))
 
-        trainer = make_trainer()
-        trainer.fit(Stream(), Stream(), 1, verbose=False)
-        self.assertTrue(same_weights(trainer.model, train_by_hand(batches(16, 16, 8), 1)))
+        class Samples(torch.utils.data.IterableDataset):
+            def __iter__(self) -> Any:
+                return zip(X, Y, strict=True)
+
+        for stream in (Stream(), torch.utils.data.DataLoader(Samples(), 16)):  # len() of the latter raises TypeError
+            trainer = make_trainer()
+            trainer.fit(stream, stream, 1, verbose=False)
+            self.assertTrue(same_weights(trainer.model, train_by_hand(batches(16, 16, 8), 1)))
 
     def test_an_iterator_or_an_empty_loader_is_refused(self) -> None:
         for loader in (iter(batches(16)), (pair for pair in batches(16)), []):
@@ -359,6 +368,28 @@ class ModelTest(unittest.TestCase):
         self.assertTrue(torch.equal(random_state, torch.get_rng_state()))
         self.assertTrue(torch.equal(state, generator.get_state()))
 
+    def test_validating_the_training_data_in_mid_epoch_leaves_their_epoch_alone(self) -> None:
+        class Data(torch.utils.data.TensorDataset):
+            def set_epoch(self, epoch: int) -> None:
+                self.epoch = epoch
+
+        data, seen = Data(X, Y), []
+        loader, other = (torch.utils.data.DataLoader(data, 20) for _ in range(2))
+
+        def judge(trainer: tb.Trainer) -> None:
+            trainer.validate(other)
+            seen.append(data.epoch)
+
+        make_trainer(on_step_end=[judge]).fit(loader, None, 2, verbose=False)
+        self.assertEqual(seen, [0, 0, 1, 1])
+
+    def test_a_criterion_that_is_replaced_counts_by_its_own_class_weights(self) -> None:
+        trainer = make_trainer(criterion=nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0])))
+        trainer.validate(batches(40))
+        weight = torch.tensor([5.0, 1.0, 0.5])
+        trainer.criterion = nn.CrossEntropyLoss(weight)
+        self.assertAlmostEqual(float(trainer.count_targets((X, Y))), float(weight[Y].sum()), places=4)
+
     def test_buffers_that_appear_or_grow_survive_averages_and_resume(self) -> None:
         class Counting(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
@@ -421,11 +452,12 @@ class MetricsTest(unittest.TestCase):
         targets[:10] = -100
         criterion = nn.CrossEntropyLoss(torch.tensor([1.0, 9.0, 1.0]))
         top1 = {"top1": lambda outputs, targets: (outputs.argmax(1) == targets).float()}
-        trainer = make_trainer(criterion=criterion, metrics=top1)
+        column = {"column": lambda outputs, targets: top1["top1"](outputs, targets)[:, None]}  # (B, 1) for (B,)
+        trainer = make_trainer(criterion=criterion, metrics=top1 | column)
         trainer.fit([(X, targets)], [(X[:25], targets[:25]), (X[25:], targets[25:])], 1, verbose=False)
         right = (trainer.model(X).argmax(1) == Y)[10:].float().mean().item()
-        self.assertAlmostEqual(trainer.history["val_top1"][0], right, places=6)
-        self.assertAlmostEqual(trainer.history["val_acc"][0], right, places=6)
+        for name in ("val_top1", "val_column", "val_acc"):
+            self.assertAlmostEqual(trainer.history[name][0], right, places=6)
 
     def test_a_metric_can_decide_which_epoch_is_best(self) -> None:
         values = iter([0.1, 0.1, 0.7, 0.7, 0.3, 0.3])
@@ -435,7 +467,7 @@ class MetricsTest(unittest.TestCase):
 
     def test_a_metric_that_is_always_nan_warns(self) -> None:
         trainer = make_trainer(metrics={"never": lambda outputs, targets: torch.full((len(targets),), torch.nan)})
-        with self.assertWarnsRegex(UserWarning, "'never' was NaN"):
+        with self.assertWarnsRegex(UserWarning, "'never' had no value"):
             trainer.fit(batches(40), None, 1, verbose=False)
 
     def test_accuracy_is_none_for_other_criteria_and_shapes(self) -> None:
@@ -517,7 +549,19 @@ class StoppingTest(unittest.TestCase):
             with self.assertRaises(KeyError) as caught:
                 trainer.fit(batches(8, 8, 8, 8, 8), batches(40), 1, verbose=False)
             saved = Path(folder, "step-00000002.pt")
-            self.assertEqual(caught.exception.__notes__, [f"epoch 1, after 3 steps; saved 1 steps before: {saved}"])
+            self.assertEqual(caught.exception.__notes__, ["epoch 1, after 3 steps", f"saved 1 steps before: {saved}"])
+
+    def test_a_failing_validation_and_a_failing_save_after_a_signal_say_it_too(self) -> None:
+        with self.assertRaises(IndexError) as caught, tempfile.TemporaryDirectory() as folder:
+            make_trainer(checkpoint_dir=folder).fit(batches(40), [(X, Y + 3)], 1, verbose=False)
+        self.assertEqual(caught.exception.__notes__, ["epoch 1, after 1 steps"])
+        with self.assertRaises(OSError) as failed, tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(checkpoint_dir=folder, save_every=1)
+            trainer.on_step_end += [lambda trainer: trainer.step == 3 and signal.raise_signal(signal.SIGTERM)]
+            with mock.patch("torchbasics.checkpoint.save_step", side_effect=[None, None, OSError("full")]):
+                trainer.fit(batches(10, 10, 10, 10), batches(40), 1, verbose=False)
+        self.assertEqual(failed.exception.__notes__[0], "epoch 1, after 3 steps")
+        self.assertIn("saved 1 steps before", failed.exception.__notes__[1])
 
 
 class SignalTest(unittest.TestCase):
@@ -564,6 +608,8 @@ class RefusalTest(unittest.TestCase):
             ("save_every=5 needs a checkpoint_dir", lambda: make_trainer(save_every=5)),
             ("scheduler_interval must be", lambda: make_trainer(scheduler_interval="batch")),
             ("say what is better", lambda: make_trainer(monitor="val_f1")),
+            ("'v_loss' will have no value; there are grad_norm, train_acc", lambda: make_trainer(monitor="v_loss")),
+            ("'val_acc' will have no", lambda: make_trainer(criterion=nn.MSELoss(), monitor="val_acc")),
             ("cannot be named 'loss'", lambda: make_trainer(metrics={"loss": lambda o, t: 0.0})),
             ("unknown precision", lambda: make_trainer(precision="fp8")),
         ]
@@ -602,6 +648,24 @@ class RefusalTest(unittest.TestCase):
         for message, trainer, batch in cases:
             with self.subTest(message), self.assertRaisesRegex(ValueError, message):
                 fit(trainer, batch)
+
+    def test_shapes_that_the_criterion_may_broadcast_are_warned_of(self) -> None:
+        trainer = make_trainer(nn.Linear(6, 1), lambda outputs, targets: ((outputs - targets) ** 2).mean())
+        with self.assertWarnsRegex(UserWarning, r"outputs \(40, 1\) and targets \(40,\) differ in shape"):
+            trainer.fit([(X, Y.float())], None, 1, verbose=False)
+
+    def test_metadata_that_cannot_be_saved_are_refused_before_the_first_step(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(checkpoint_dir=folder, metadata={"where": Path("data")})
+            with self.assertRaisesRegex(tb.CheckpointError, "metadata: not saved: it holds pathlib"):
+                trainer.fit(batches(40), batches(40), 1, verbose=False)
+            self.assertEqual(trainer.step, 0)
+
+    def test_the_training_loader_is_not_validated_in_the_middle_of_its_epoch(self) -> None:
+        loader = tb.TensorLoader(X, Y, 16)
+        trainer = make_trainer(on_step_end=[lambda trainer: trainer.validate(loader)])
+        with self.assertRaisesRegex(ValueError, "in the middle of an epoch the training loader cannot be"):
+            trainer.fit(loader, None, 1, verbose=False)
 
     def test_a_metric_that_was_broadcast_is_refused(self) -> None:
         errors = {"mae": lambda outputs, targets: (outputs - targets[:, 0]).abs()}  # (40, 1) - (40,): (40, 40)

@@ -95,6 +95,30 @@ def validate_parts(rank: int, count: int) -> tuple[float, float | None]:
     return trainer.validate(tb.TensorLoader(X[:count], Y[:count].clamp(min=0), 6))
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 3).double(), nn.Linear(6, 3).double()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"a": self.a(x), "b": self.b(x)}
+
+
+class TwoHeadsTrainer(tb.Trainer):
+    def compute_loss(self, batch: Any) -> Any:
+        outputs = self.model(batch[0])
+        loss = sum(self.criterion(scores, batch[1]) for scores in outputs.values())  # type: ignore[misc]
+        return loss, outputs, batch[1]
+
+
+def train_two_heads(rank: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = distributed.replicate(TwoHeads(), CPU)
+    trainer = TwoHeadsTrainer(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1), CPU)
+    trainer.fit(tb.TensorLoader(X, Y, 12, drop_last=True), None, 1, verbose=False)
+    return distributed.full_weights(model)
+
+
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
@@ -114,6 +138,11 @@ class ProcessesTest(unittest.TestCase):
                 first, second = in_processes(2, train, strategy)
                 self.assert_same_training(one, first, 1e-12)
                 self.assertEqual(first["history"], second["history"])
+
+    def test_a_part_without_targets_reaches_every_output_of_the_model(self) -> None:
+        [one] = in_processes(1, train_two_heads)
+        for weights in in_processes(2, train_two_heads):
+            self.assertLessEqual(largest_difference(one, weights), 1e-12)
 
     def test_a_signal_to_one_process_makes_all_leave_after_the_same_step_with_one_save(self) -> None:
         for strategy in ("ddp", "fsdp"):

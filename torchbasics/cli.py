@@ -109,9 +109,10 @@ def printable(text: object) -> str:
 
 
 def shortened(text: str) -> str:
-    """Return `text` as one line of at most 600 characters, with what the user gave cut if it is long."""
+    """Return `text` as one line of at most 600 characters: its ends, with what the user gave cut if it is long."""
     given = r"'[^']{100,}'|\"[^\"]{100,}\"|(?<=unrecognized arguments: ).{101,}|\S{200,}"  # the last: a path, unquoted
-    return printable(re.sub(given, lambda match: f"{match[0][:48]}...{match[0][-49:]}", text, flags=re.S))[:600]
+    text = printable(re.sub(given, lambda match: f"{match[0][:48]}...{match[0][-49:]}", text, flags=re.S))
+    return text if len(text) <= 600 else f"{text[:298]} ... {text[-297:]}"
 
 
 def run(
@@ -130,7 +131,7 @@ def run(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # escape what the terminal cannot encode
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *args, **kwargs: print_error(f"warning: {message}")
+        warnings.showwarning = lambda text, *args, **kwargs: print_error(f"warning: {' '.join(str(text).split())}")
         warnings.filterwarnings("once", category=UserWarning)
         try:
             try:

@@ -235,16 +235,29 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a nest of tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors(part)
+
+
 def first_tensor(value: Any) -> Tensor:
     """Return the first tensor with a dimension in a nest of tuples, lists and mappings; ValueError if there is none."""
-    stack = [value]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Tensor) and value.dim():
-            return value
-        if isinstance(value, (tuple, list, Mapping)):
-            stack += reversed(list(value.values() if isinstance(value, Mapping) else value))
+    for tensor in tensors(value):
+        if tensor.dim():
+            return tensor
     raise ValueError("the batch holds no tensor with a dimension for the samples; override count_targets")
+
+
+def length(value: Any) -> int | None:
+    """Return the length of a loader or data set; None if it has none, as a DataLoader over an IterableDataset."""
+    try:
+        return len(value)
+    except TypeError:
+        return None
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ class AveragedCopy(nn.Module):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
-        self.module: nn.Module = copy.deepcopy(model)
+        self.module: nn.Module = copy.deepcopy(getattr(model, "_orig_mod", model))  # without torch.compile's wrapper
         self.decay = decay
         self.updates = 0  # a number of the host, since reading it from an accelerator would wait for the step
 

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from .checkpoint import load_latest, make_folder, remove_unfinished, saved_steps, write_durably
 from .cli import printable
-from .evaluation import is_classification
+from .evaluation import is_classification, length
 
 
 class RunDirectory:
@@ -126,7 +126,7 @@ class _Table:
     def __init__(self, trainer: Any, num_epochs: int, loader: Any) -> None:
         self.num_epochs = num_epochs
         self.loader = loader
-        self.num_batches = _length(loader)
+        self.num_batches = length(loader)
         self.live = sys.stderr is not None and sys.stderr.isatty()
         self.drawn = 0.0  # when the progress line was last drawn
         self.shown = False
@@ -199,7 +199,7 @@ class _Table:
             return None
         # A DataLoader's batch size is that of one process.
         size *= getattr(getattr(self.loader, "sampler", None), "num_replicas", 1)
-        total = _length(getattr(self.loader, "dataset", None))
+        total = length(getattr(self.loader, "dataset", None))
         now, before = self.batch * size, self.first_batch * size
         return now - before if total is None else min(now, total) - min(before, total)
 
@@ -216,13 +216,6 @@ class _Table:
 def print_line(text: object) -> None:
     """Print `text` as one line, with control characters escaped."""
     print(printable(text), flush=True)
-
-
-def _length(value: Any) -> int | None:
-    try:
-        return len(value)
-    except TypeError:  # as of a DataLoader over an IterableDataset
-        return None
 
 
 def _figure(value: float) -> str:

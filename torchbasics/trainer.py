@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -160,8 +161,7 @@ class Trainer:
         self.exhausted = False  # the loader has no more batch in this epoch
         self.resumed: dict[str, Any] | None = None  # this process's part of a loaded state, until training goes on
 
-        weight = getattr(criterion, "weight", None)
-        self.class_weight = weight.cpu() if isinstance(weight, Tensor) else None  # batches are counted on the host
+        self.class_weight: tuple[Any, Any] = (None, None)  # of the criterion, and its copy on the host
         self.counts: list[tuple[Any, float]] = []  # (count of the class targets, count_targets(batch)), to be compared
         self.check_setup()
 
@@ -178,8 +178,8 @@ class Trainer:
         done = self.pending is None and (self.epoch >= num_epochs or self.stopped)
         if done and verbose and distributed.is_main():
             print(f"nothing to do: {self.epoch} epochs are done" + ", early stopping ended the training" * self.stopped)
-        try:
-            with self.noted_signals():
+        with self.noted_failures(), self.noted_signals():
+            try:
                 while self.pending is not None or (self.epoch < num_epochs and not self.stopped):
                     if self.pending is None:  # else the run was stopped while it validated
                         self.train_one_epoch(train_loader)
@@ -195,11 +195,8 @@ class Trainer:
                     self.stop_if_signalled()
                 if self.checkpoint_dir and not self.is_saved():
                     self.save()
-        except Interrupted as stop:
-            raise Interrupted(stop.signum, self.save()) from None
-        except Exception as error:
-            error.add_note(self.where())
-            raise
+            except Interrupted as stop:
+                raise Interrupted(stop.signum, self.save()) from None
         return self.history
 
     def train_one_epoch(self, loader: Iterable) -> tuple[float, float | None]:
@@ -289,9 +286,10 @@ class Trainer:
             raise ValueError(f"compute_loss must return (loss, outputs, targets), got {describe(result)}")
         loss, outputs, targets = result
         if self.step == 0:
-            self.check_loss(loss)
+            self.check_loss(loss, outputs, targets)
         if not count:  # other processes have targets: run backward with a zero loss, so that gradients synchronise
-            zero = (0 * evaluation.first_tensor(outputs)).sum()
+            parts = [part for part in evaluation.tensors(outputs) if part.requires_grad]
+            zero = sum(((0 * part).sum() for part in parts), loss.new_zeros(()))
             return zero, [Figure("loss", zero.detach(), factor=0.0, weight=0.0)]
         loss = loss.sum() if loss.dim() else loss  # of one element
         figures = [Figure("loss", loss.detach(), factor=count, weight=count)]
@@ -324,7 +322,10 @@ class Trainer:
         Of a pair (inputs, targets) under CrossEntropyLoss or NLLLoss: the targets that are not ignored, times their
         class weights. Of other batches the samples. So four unequal batches of padded text equal one batch of all.
         """
-        return evaluation.count_targets(batch, self.criterion, self.class_weight)
+        weight = getattr(self.criterion, "weight", None)
+        if isinstance(weight, Tensor) and weight is not self.class_weight[0]:
+            self.class_weight = weight, weight.cpu()  # once, since copying waits for an accelerator
+        return evaluation.count_targets(batch, self.criterion, self.class_weight[1])
 
     def is_counted(self, batch: Any, targets: Tensor) -> bool:
         """Return whether `count_targets` is the default and has counted these very targets."""
@@ -347,6 +348,8 @@ class Trainer:
                     "per target, or their mean"
                 )
             # One value per target, or their mean, which then stands for each of them. NaN does not count.
+            if values.numel() == counted.numel():
+                values = values.reshape(counted.shape)
             kept = counted if values.dim() == 0 or values.shape == counted.shape else True
             weights = (~values.isnan() & kept).float()
             total = (values.nan_to_num() * weights).sum()
@@ -404,6 +407,9 @@ class Trainer:
                         means.add(self.forward(evaluation.to_device(batch, self.device), count)[1])
         finally:
             self.model = training_model
+            dataset: Any = getattr(self.loader, "dataset", None)
+            if self.epoch_start is not None and hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(self.epoch)  # in the middle of an epoch, and both loaders may share the data set
         means.read()
         self.compare_counts()
         parts = distributed.gather_objects((means.sums, self.signum))
@@ -446,13 +452,17 @@ class Trainer:
 
     def record(self, values: Mapping[str, float | None]) -> None:
         """Append one entry to every list of the history, None where there is no value."""
-        epochs = len(next(iter(self.history.values()), []))
         for name in dict.fromkeys(("train_loss", "train_acc", "val_loss", "val_acc", *values, *self.history)):
-            self.history.setdefault(name, [None] * epochs).append(values.get(name))
+            entries = self.history.setdefault(name, [])
+            entries += [None] * (self.epoch - 1 - len(entries))  # epochs before the name, or trained by hand
+            entries.append(values.get(name))
         for name in self.metrics:
-            if any(math.isnan(values.get(f"{part}_{name}") or 0.0) for part in ("train", "val")):
-                warnings.warn(f"the metric {name!r} was NaN for every target of epoch {self.epoch}", stacklevel=3)
+            found = [values.get(f"{part}_{name}", math.nan) for part in ("train", "val") if f"{part}_loss" in values]
+            if any(map(math.isnan, found)):  # type: ignore[arg-type]
+                text = f"the metric {name!r} had no value in epoch {self.epoch}"
+                warnings.warn(f"{text}: the targets were None, or it was NaN for each", stacklevel=3)
         weights = checkpoint.weights_hash(distributed.full_weights(self.model)) if self.checkpoint_dir else None
+        self.epoch_records += [{"step": None, "weights": None}] * (self.epoch - 1 - len(self.epoch_records))
         self.epoch_records.append({"step": self.step, "weights": weights})
 
     def score(self, values: dict[str, float]) -> float:
@@ -522,12 +532,18 @@ class Trainer:
             self.model = wrapped
         return ""
 
-    def where(self) -> str:
-        """Return when something failed, and from which save it can be repeated."""
-        place = f"epoch {self.epoch + 1}, after {self.step} steps"
-        if self.saved_at is None:
-            return place
-        return f"{place}; saved {self.step - self.saved_at[1]} steps before: {self.saved_at[0]}"
+    @contextlib.contextmanager
+    def noted_failures(self) -> Iterator[None]:
+        """Note on an error when it came, and from which save it can be repeated."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except Exception as error:
+            error.add_note(f"epoch {len(self.epoch_records) + 1}, after {self.step} steps")
+            if self.saved_at is not None:
+                error.add_note(f"saved {self.step - self.saved_at[1]} steps before: {self.saved_at[0]}")
+            raise
 
     def compare_counts(self) -> None:
         """Raise ValueError if `count_targets` differs from the class targets that `compute_loss` returned."""
@@ -570,8 +586,7 @@ class Trainer:
 
     def start_loader(self, loader: Iterable) -> Iterator:
         """Return an iterator over `loader` from the batch at which this epoch stands."""
-        self.loader = loader
-        size = len(loader) if hasattr(type(loader), "__len__") else None  # type: ignore[arg-type]
+        size = evaluation.length(loader)
         if self.num_batches not in (None, size):
             warnings.warn(
                 f"the loader has {size} batches, it had {self.num_batches}: is it the same data set?", stacklevel=5
@@ -602,6 +617,7 @@ class Trainer:
 
     def restore_random_state(self, loader: Iterable) -> None:
         """Put back the random state of the save; not at the load, since what is done in between may draw."""
+        self.loader = loader
         if self.resumed is not None:
             self.set_random_states(self.resumed["random_state"], loader)
             self.resumed = None
@@ -852,6 +868,10 @@ class Trainer:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.save_every and self.checkpoint_dir is None:
             raise ValueError(f"save_every={self.save_every} needs a checkpoint_dir to save in")
+        judged = self.metrics.keys() | ({"loss", "acc"} if evaluation.is_classification(self.criterion) else {"loss"})
+        names = {"grad_norm", *(f"{part}_{name}" for part in ("train", "val") for name in judged)}
+        if self.monitor not in names:
+            raise ValueError(f"monitor={self.monitor!r} will have no value; there are {', '.join(sorted(names))}")
         self.check_optimizer()
         plateau = self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None
         if plateau is not None and self.scheduler_interval == "step":
@@ -875,7 +895,7 @@ class Trainer:
             raise ValueError(f"{type(self.optimizer).__name__} needs a closure for each step; use another optimizer")
 
     def check_fit(self, val_loader: Iterable | None) -> None:
-        """Warn if the monitored value will be one of training; refuse to mix two runs in one folder."""
+        """Warn if the monitored value will be one of training; refuse what could not be saved, and a run's folder."""
         plateau = isinstance(self.scheduler, ReduceLROnPlateau)
         decides = plateau or self.early_stopping is not None or self.checkpoint_dir is not None
         if val_loader is None and self.monitor.startswith("val_") and decides:
@@ -884,6 +904,9 @@ class Trainer:
         folder = self.checkpoint_dir
         if folder and self.saved_at is None and distributed.on_main(lambda: bool(checkpoint.saved_steps(folder))):
             raise ValueError(f"{folder}: holds an earlier run; call resume(), or give another folder")
+        if folder:
+            with tempfile.TemporaryDirectory() as trial:  # to refuse now what a save would refuse after an epoch
+                checkpoint.save_checkpoint({"metadata": self.metadata}, Path(trial, "metadata"))
 
     def check_training_loader(self, loader: Any) -> None:
         """Raise ValueError for an iterator, and for what would train several processes wrongly."""
@@ -908,8 +931,8 @@ class Trainer:
                 "DistributedSampler, or set loader.sharded = True"
             )
         size = getattr(loader, "batch_size", None)
-        samples = len(getattr(loader, "dataset", ()))
-        if size and not getattr(loader, "drop_last", False):
+        samples = evaluation.length(getattr(loader, "dataset", None))
+        if size and samples and not getattr(loader, "drop_last", False):
             whole = size * (processes if sampler is not None else 1)
             if samples % whole:
                 raise ValueError(f"{samples} samples are no whole number of batches of {whole}; use drop_last=True")
@@ -920,6 +943,8 @@ class Trainer:
             raise ValueError(
                 "the validation loader is an iterator, which can be read only once; give a DataLoader or list"
             )
+        if loader is self.loader and self.epoch_start is not None:
+            raise ValueError("in the middle of an epoch the training loader cannot be validated; give another one")
         sampler = distributed_sampler(loader)
         if sampler is not None and len(loader.dataset) % sampler.num_replicas:
             raise ValueError(
@@ -930,8 +955,15 @@ class Trainer:
                 "with a sharded model every process reads all validation data: TensorLoader(…, world_size=1)"
             )
 
-    def check_loss(self, loss: Any) -> None:
-        """Raise ValueError if the loss cannot be trained."""
+    def check_loss(self, loss: Any, outputs: Any, targets: Any) -> None:
+        """Raise ValueError if the loss cannot be trained; warn if outputs (B, 1) may be broadcast with targets (B,)."""
+        both = isinstance(outputs, Tensor) and isinstance(targets, Tensor) and targets.is_floating_point()
+        if both and outputs.numel() == targets.numel() and outputs.shape != targets.shape:
+            warnings.warn(
+                f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} differ in shape; the criterion may "
+                "broadcast them to all pairs",
+                stacklevel=4,
+            )
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             raise ValueError(f"compute_loss must return a loss of one number, got {describe(loss)}")
         if torch.is_grad_enabled() and not loss.requires_grad:
