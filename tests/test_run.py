@@ -26,6 +26,7 @@ from tests.common import ROOT
 from torchbasics import run as run_module
 from torchbasics.checkpoint import save_step
 from torchbasics.run import RunDirectory, print_line
+from torchbasics.trainer import Trainer
 
 
 class Terminal(io.StringIO):
@@ -189,7 +190,7 @@ class Watch(RunCase):
     def trainer(self, **more: Any) -> Any:
         names = ("train_loss", "train_acc", "val_loss", "val_acc", "lr")
         standard: dict[str, Any] = {"epoch": 0, "batch": 0, "best_epoch": None, "last_loss": None}
-        lists: dict[str, Any] = {name: [] for name in ("epoch_records", "on_step_end", "on_epoch_end")}
+        lists: dict[str, Any] = {name: [] for name in ("epoch_records", "on_step_end", "on_epoch_end", "before_save")}
         history: dict[str, Any] = {name: [] for name in names}
         standard |= {"history": history, "metrics": {}, "criterion": nn.NLLLoss()}
         return SimpleNamespace(**standard | lists | more)
@@ -303,6 +304,22 @@ class Watch(RunCase):
         with self.assertRaisesRegex(OSError, "a was moved or removed during the run"):
             self.train(trainer, 2)
         self.assertEqual(os.listdir(self.path), [".lock"])
+
+    def test_a_run_saves_nothing_after_its_directory_was_moved_in_a_validation(self) -> None:
+        def move(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+            if not torch.is_grad_enabled() and self.path.exists() and trainer.batch == 0 and trainer.epoch == 1:
+                self.path.rename(self.root / "b")
+            return 0.0
+
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, checkpoint_dir=self.directory.checkpoints,
+                          metrics={"moved": move})  # fmt: skip
+        batches = [(torch.zeros(2, 2), torch.tensor([0, 1]))]
+        self.directory.watch(trainer, 1, batches, True)
+        with self.assertRaisesRegex(OSError, "a was moved or removed during the run"):
+            trainer.fit(batches, batches, 1, verbose=False)
+        self.assertFalse(self.path.exists())
 
     def test_a_printed_line_cannot_speak_to_the_terminal(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()) as out:

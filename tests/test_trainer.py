@@ -373,15 +373,16 @@ class ModelTest(unittest.TestCase):
             def set_epoch(self, epoch: int) -> None:
                 self.epoch = epoch
 
-        data, seen = Data(X, Y), []
-        loader, other = (torch.utils.data.DataLoader(data, 20) for _ in range(2))
-
-        def judge(trainer: tb.Trainer) -> None:
+        def validate(trainer: tb.Trainer) -> None:
             trainer.validate(other)
             seen.append(data.epoch)
 
-        make_trainer(on_step_end=[judge]).fit(loader, None, 2, verbose=False)
-        self.assertEqual(seen, [0, 0, 1, 1])
+        data = Data(X, Y)
+        for part in (data, torch.utils.data.Subset(data, range(40))):  # a part of the data knows the epoch too
+            seen: list[int] = []
+            loader, other = (torch.utils.data.DataLoader(part, 20) for _ in range(2))
+            make_trainer(on_step_end=[validate]).fit(loader, None, 2, verbose=False)
+            self.assertEqual(seen, [0, 0, 1, 1])
 
     def test_a_criterion_that_is_replaced_counts_by_its_own_class_weights(self) -> None:
         trainer = make_trainer(criterion=nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0])))

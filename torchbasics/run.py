@@ -102,6 +102,7 @@ class RunDirectory:
         """
         self.write_metrics(trainer)
         trainer.on_step_end.append(self.check_place)
+        trainer.before_save.append(self.check_place)
         trainer.on_epoch_end.append(self.write_metrics)
         if not quiet:
             self._table = _Table(trainer, num_epochs, train_loader)

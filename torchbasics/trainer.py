@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
+from torch.utils.data import Subset
 
 from . import checkpoint, distributed, evaluation
 from .device import autocast, pick_precision, preserved_random_state, random_state, set_random_state
@@ -136,6 +137,7 @@ class Trainer:
         self.log_every = log_every
         self.on_step_end = list(on_step_end)
         self.on_epoch_end = list(on_epoch_end)
+        self.before_save: list[Callable[[Trainer], None]] = []  # called on rank 0, which writes; may raise OSError
 
         self.history: dict[str, list[float | None]] = {}
         self.epoch_records: list[dict[str, Any]] = []  # of each epoch its last step and a hash of the weights
@@ -204,7 +206,7 @@ class Trainer:
 
         After a resume this is called for the rest of an epoch: a subclass that extends it checks `self.batch == 0`.
         """
-        self.check_training_loader(loader)
+        refuse_together(self.check_training_loader, loader)
         self.restore_random_state(loader)
         if self.batch == 0:
             self.means = Means()
@@ -389,7 +391,7 @@ class Trainer:
         Change no weight, buffer, mode or random state. Of several processes each judges its part of the samples (under
         FSDP all of them) and all get the means. Raise Interrupted after a signal.
         """
-        self.check_validation_loader(loader)
+        refuse_together(self.check_validation_loader, loader)
         means = Means()
         training_model, self.model = self.model, self.evaluated_model
         try:
@@ -407,7 +409,7 @@ class Trainer:
                         means.add(self.forward(evaluation.to_device(batch, self.device), count)[1])
         finally:
             self.model = training_model
-            dataset: Any = getattr(self.loader, "dataset", None)
+            dataset = data_set(self.loader)
             if self.epoch_start is not None and hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(self.epoch)  # in the middle of an epoch, and both loaders may share the data set
         means.read()
@@ -685,9 +687,7 @@ class Trainer:
         self.read_losses(self.batch)
         self.check_weights()
         state = self.state_dict()
-        path = checkpoint.step_path(self.checkpoint_dir, self.step)
-        if distributed.is_main():
-            checkpoint.save_step(state, self.checkpoint_dir, self.step)
+        path = self.write(lambda folder: checkpoint.save_step(state, folder, self.step))
         self.saved_at = (path, *self.position())
         return path
 
@@ -704,10 +704,20 @@ class Trainer:
             "optimizer_state_dict": optimizer,
             "metadata": self.metadata,
         }
-        if distributed.is_main():
-            assert self.checkpoint_dir is not None
-            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_checkpoint(best, self.checkpoint_dir / "best.pt")
+        self.write(lambda folder: checkpoint.save_checkpoint(best, folder / "best.pt"))
+
+    def write(self, save: Callable[[Path], Any]) -> Any:
+        """Call `save(checkpoint_dir)` on rank 0, after `before_save`; return its result or raise its error on all."""
+        assert self.checkpoint_dir is not None
+        folder = self.checkpoint_dir
+
+        def checked() -> Any:
+            for check in self.before_save:
+                check(self)
+            checkpoint.make_folder(folder)
+            return save(folder)
+
+        return distributed.on_main(checked)
 
     def is_saved(self) -> bool:
         """Return whether the state at hand is saved already."""
@@ -1014,6 +1024,18 @@ def equal_shapes() -> Iterator[None]:
             raise ValueError(f"outputs and targets must have the same shape: {warning}") from None
 
 
+def refuse_together(check: Callable[[Any], None], loader: Any) -> None:
+    """Call `check(loader)`. If it raises ValueError in one of several processes, raise that in all."""
+    problem = ""
+    try:
+        check(loader)
+    except ValueError as error:
+        problem = str(error)
+    for text in distributed.gather_objects(problem):
+        if text:
+            raise ValueError(text)
+
+
 def own_generators(loader: Any) -> list[torch.Generator]:
     """Return the torch generators of `loader` and of its samplers, each once."""
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
@@ -1036,10 +1058,18 @@ def set_epoch(loader: Any, epoch: int) -> None:
     """Tell the epoch to `loader`, its samplers and its data set, as far as they want to know it."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     samplers = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    parts: tuple[Any, ...] = (loader, *samplers, getattr(loader, "dataset", None))
+    parts: tuple[Any, ...] = (loader, *samplers, data_set(loader))
     for part in parts:
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
+
+
+def data_set(loader: Any) -> Any:
+    """Return the data set of `loader`, or that of which it is a Subset; None if it has none."""
+    dataset = getattr(loader, "dataset", None)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
 
 
 def distributed_sampler(loader: Any) -> Any:
