@@ -11,8 +11,8 @@ Several machines, the same line on each; the data and --output lie where all of 
 --batch-size is that of all processes together, so the batches are the same with any number of them. A job that
 torchrun restarts continues from its last checkpoint. Plain `python scripts/train_ddp.py` is one process.
 
-What train_mnist.py has and this script leaves out for brevity: presets, other optimizers and schedules, --init-from,
---tta, --compile, --patience, TensorBoard and dry runs.
+Options of train_mnist.py that this script leaves out for brevity: --preset, --optimizer, --schedule, --warmup-epochs,
+--label-smoothing, --clip-value, --patience, --tta, --init-from, --compile, --deterministic, --tensorboard, --dry-run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torchbasics.report import Judgement, Report
 # Augmentation: each training image is rotated by up to 10 degrees, shifted and resized by up to 10%, at random.
 ROTATION, SHIFT, SCALING = 10.0, 0.1, 0.1
 # These may change when a run is resumed. All others decide its course.
-FREE_ON_RESUME = {"output", "resume", "quiet", "debug", "data_dir", "save_every", "timeout", "fsdp"}
+FREE_ON_RESUME = {"output", "resume", "quiet", "debug", "data_dir", "anomaly", "save_every", "timeout", "threads"}
 STRATEGIES = """
 which strategy, and when; the figures are what a model of 1 and of 7 billion parameters takes on each device for
 float32 weights, gradients and AdamW's two averages, before activations (MemoryTracker.estimate_model_memory):
@@ -79,12 +79,13 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument_group("processes").add_argument
     add("--fsdp", action="store_true", help="split the model among the processes (default: DDP, a copy for each)")
     add("--sync-bn", action="store_true", help="BatchNorm over the batches of all processes (CUDA only)")
-    add("--timeout", type=rate, default=60.0, metavar="SECONDS",
+    add("--timeout", type=cli.number(float, 0, 86400, strict=True), default=60.0, metavar="SECONDS",
         help="give up when another process is silent for so long (default: 60)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (default: auto)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: bf16 where the hardware computes in it (default: auto)")
+    add("--threads", type=positive, metavar="N", help="CPU threads of each process; others give other last digits")
     add = parser.add_argument_group("run").add_argument
     add("--output", type=cli.path_argument, metavar="DIR", help="new directory (default: runs/DATASET-DATE-TIME)")
     add("--resume", type=cli.path_argument, metavar="DIR", help="continue the run in DIR with its own options")
@@ -93,6 +94,7 @@ def make_parser() -> cli.Parser:
         help="of all random numbers (default: 42)")
     add("--limit-batches", type=positive, metavar="N", help="train on N batches per epoch only")
     add("--quiet", action="store_true", help="print the result only")
+    add("--anomaly", action="store_true", help="name the forward line of a NaN gradient; slow")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -107,6 +109,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if args.output:
             parser.error("--resume does not go with --output")
         return parser.parse_resumed(argv, tb.saved_options(args.resume), FREE_ON_RESUME)
+    args.threads = args.threads or distributed.set_threads()
+    args.command = shlex.join(sys.argv)
     return args
 
 
@@ -142,10 +146,10 @@ def open_run(args: argparse.Namespace, name: str, stack: contextlib.ExitStack) -
     opened: list[tb.RunDirectory] = []
 
     def open_directory() -> str:
-        earlier = distributed.recall("run")  # this job was started before, and torchrun has restarted it
+        earlier = distributed.job_note("run")  # this job was started before, and torchrun has restarted it
         path, resume = earlier or args.resume or args.output, bool(args.resume) and earlier is None
         run = stack.enter_context(tb.RunDirectory(path, name=name, resume=resume, restart=earlier is not None))
-        distributed.remember("run", str(run.path))
+        distributed.set_job_note("run", str(run.path))
         opened.append(run)
         return str(run.path)
 
@@ -153,7 +157,7 @@ def open_run(args: argparse.Namespace, name: str, stack: contextlib.ExitStack) -
     return opened[0] if opened else None
 
 
-def judge(trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[str, Any], Judgement]:
+def evaluate_best(trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[str, Any], Judgement]:
     """Look at the test set, once, with the best weights; return the figures, and all else that the report shows."""
     if trainer.best_epoch is None:
         raise tb.NonFiniteLoss("no epoch had a finite validation loss; lower --lr or set --clip-norm 1")
@@ -176,13 +180,15 @@ def judge(trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[str, Any],
 @record  # torchrun names the process that failed first
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    torch.set_num_threads(args.threads)
     device = distributed.own_device(tb.pick_device(args.device))
+    if args.sync_bn and device.type != "cuda":
+        raise ValueError(f"--sync-bn needs CUDA, the device is {device}; leave it out")
     with distributed.process_group(device, args.timeout), contextlib.ExitStack() as stack:
         return train(args, device, stack)
 
 
 def train(args: argparse.Namespace, device: torch.device, stack: contextlib.ExitStack) -> int:
-    threads = distributed.set_threads()
     if device.type == "cpu":
         tb.cache_cpu_memory()  # a quarter of a step on a CPU would be page faults
     tb.set_seed(args.seed)
@@ -205,6 +211,7 @@ def train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exit
     if distributed.rank() > 0:
         tb.set_seed(args.seed + distributed.rank())  # all processes begin with rank 0's weights, not with its dropout
 
+    stack.enter_context(torch.autograd.set_detect_anomaly(args.anomaly))
     run = open_run(args, facts["dataset"], stack)
     trainer = tb.Trainer(
         model, nn.CrossEntropyLoss(), optimizer, device, schedule, precision=precision, accumulate=args.accumulate,
@@ -213,34 +220,39 @@ def train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exit
     )  # fmt: skip
     trainer.resume()
     report = None
+    launcher = f"torchrun --standalone --nproc-per-node={distributed.world_size()}"
     if run is not None:
-        versions = {"torch": torch.__version__, "torchbasics": tb.__version__}
-        run.write_info(command=shlex.join(sys.argv), options=vars(args), **facts, notice=notice,
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchbasics": tb.__version__}
+        run.write_info(command=args.command, options=vars(args), **facts, notice=notice,
                        device=tb.device_name(device), precision=precision, versions=versions)  # fmt: skip
         if not args.quiet:
-            print(f"{notice}\n{facts['dataset']}: {distributed.world_size()} processes, {threads}\n"
+            print(f"{notice}\n{facts['dataset']}: {distributed.world_size()} processes\n"
                   f"{args.model}, {tb.count_parameters(model):,} parameters\n"
                   f"{tb.device_name(device)}; {precision}".strip())  # fmt: skip
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
-        start = f"torchrun --standalone --nproc-per-node={distributed.world_size()}"
-        report = Report(run.path, run.info, trainer, defaults=vars(make_parser().parse_args([])), launcher=start)
+        report = Report(
+            run.path, run.info, trainer, defaults=vars(make_parser().parse_args([])), samples=next(iter(train_loader)),
+            launcher=launcher,
+        )  # fmt: skip
     started = time.monotonic()
     try:
         with report or contextlib.nullcontext():  # report.html is written now, after each epoch and at the end
             trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
             seconds = time.monotonic() - started
-            result, judgement = judge(trainer, Path(args.output) / "checkpoints" / "best.pt", test_loader)
+            result, judgement = evaluate_best(trainer, Path(args.output) / "checkpoints" / "best.pt", test_loader)
             if run is not None and report is not None:
                 report.judgement = judgement
                 run.write_info(result=result | {"train_seconds": seconds})
     except tb.Interrupted as stop:
         if run is not None:
-            print(f"{stop}; continue with the same command and --resume {shlex.quote(args.output)}", file=sys.stderr)
+            hint = f"continue with: {launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(args.output)}"
+            print(f"{stop}; {hint}", file=sys.stderr)
         return 128 + stop.signum
     if report is not None:
         print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: "
               f"validation {result['best_val_accuracy']:.2%}\n"
               f"test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f})")  # fmt: skip
+        print("\n".join(judgement.by_class_lines()))
         for line in report.advice():
             print(f"advice: {cli.printable(line)}")
         print(f"training took {seconds:.1f} s\nreport:   {shlex.quote(str(report.path))}")

@@ -5,7 +5,10 @@ Functions whose first argument is `rank` run in each process of a job.
 
 from __future__ import annotations
 
+import html
 import os
+import re
+import shlex
 import subprocess
 import sys
 import unittest
@@ -16,20 +19,19 @@ from unittest import mock
 import torch
 
 import torchbasics as tb
-from torchbasics import cli
+from torchbasics import cli, distributed
 from torchbasics.checkpoint import saved_steps
 
 from . import test_train_mnist as single
 from .common import ROOT, in_processes, load_script, needs_processes
+from .test_train_mnist import SMALL
 
 script = load_script("train_ddp")
 setUpModule = single.setUpModule
-SMALL = tuple(word for word in single.SMALL if word not in ("--threads", "1"))
 # What torchrun starts: the script's `main`. In the first attempt one process is killed, in the second torchrun stopped.
 DRIVER = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-import torch
 import torchbasics as tb
 from torchbasics import cli, distributed
 from tests.common import load_script
@@ -43,7 +45,6 @@ def fault(trainer):
     if attempt == 1 and trainer.step >= 18:
         time.sleep(1)  # torchrun passes the signal on
 
-torch.set_num_threads(1)
 fit = tb.Trainer.fit
 tb.Trainer.fit = lambda trainer, *args, **options: (trainer.on_step_end.append(fault), fit(trainer, *args, **options))
 sys.exit(cli.run(load_script("train_ddp").main, sys.argv[1:]))
@@ -52,7 +53,6 @@ sys.exit(cli.run(load_script("train_ddp").main, sys.argv[1:]))
 
 def run_rank(rank: int, argv: list[str]) -> int:
     """Return the exit code of the script, run as one process of a job that torchrun started."""
-    os.environ["OMP_NUM_THREADS"] = "2"  # a number of threads that was chosen is kept; it is 1
     return cli.run(script.main, argv)
 
 
@@ -92,24 +92,37 @@ class OneProcess(DdpCase):
                 expected = self.run_small(f"{name} mnist", *options)
                 code, out, err = single.call(*SMALL, *options, "--output", name, main=script.main)
                 self.assertEqual((code, err), (0, ""))
-                self.assertIn("fashion-mnist: 1 processes, 1 thread per process", out)
+                self.assertRegex(out, "^fashion-mnist: 1 processes\n.*\n.*, 1 thread; fp32\n")
+                self.assertRegex(out, r"\nby class: t-shirt \d+\.\d%  trouser ")
+                self.assertIn("<h2>Training images</h2>", Path(name, "report.html").read_text())
                 self.assertEqual(*[Path(run, "metrics.jsonl").read_text() for run in (expected, name)])
                 results = [single.result_of(Path(run)) for run in (expected, name)]
                 for key in results[1].keys() - {"train_seconds"}:
                     self.assertAlmostEqual(results[0][key], results[1][key], places=6, msg=key)
 
     def test_a_run_stopped_by_sigterm_ends_as_if_never_stopped(self) -> None:
-        with single.watched(single.stop_at(14)):
-            code, _, err = single.call(*SMALL, "--output", "a", main=script.main)
-        saved = "SIGTERM: saved a/checkpoints/step-00000014.pt; continue with the same command and --resume a\n"
+        first, resume = [*SMALL, "--output", "a"], ["--resume", "a"]
+        start = "torchrun --standalone --nproc-per-node=1 train_ddp.py "
+        with single.watched(single.stop_at(14)), mock.patch.object(sys, "argv", ["train_ddp.py", *first]):
+            code, _, err = single.call(*first, main=script.main)
+        saved = f"SIGTERM: saved a/checkpoints/step-00000014.pt; continue with: {start}--resume a\n"
         self.assertEqual((code, err), (143, saved))
-        self.refused("--resume", "a", "--lr", 1, main=script.main, text="--lr 1.0 differs from the run's 0.003")
-        self.assertEqual(single.call("--resume", "a", "--save-every", 5, main=script.main)[0], 0)
+        self.refused(*resume, "--lr", 1, main=script.main, text="--lr 1.0 differs from the run's 0.003")
+        self.refused(*resume, "--fsdp", main=script.main, text="--fsdp True differs from the run's False")
+        torch.set_num_threads(2)  # the run's is 1
+        with mock.patch.object(sys, "argv", ["train_ddp.py", *resume]):
+            self.assertEqual(single.call(*resume, "--save-every", 5, "--anomaly", main=script.main)[0], 0)
+        self.assertEqual(torch.get_num_threads(), 1)
+        page = html.unescape(Path("a", "report.html").read_text())
+        printed = [shlex.split(options) for options in re.findall(rf"{start}(.*?)<", page)]
+        self.assertEqual(printed, [[*SMALL, "--output", "a-again"], resume])
+        for options in printed:
+            self.assertEqual(script.parse_args(options).model, "simplenet")
         single.call(*SMALL, "--output", "b", main=script.main)
         self.assert_same_run(Path("a"), Path("b"))
 
     def test_what_is_wrong_is_refused_in_one_line_with_exit_code_2(self) -> None:
-        bad = {**single.BAD_VALUES, "--timeout": "0 -1 nan"}
+        bad = {**single.BAD_VALUES, "--timeout": "86401"}
         options = {action.option_strings[0] for action in script.make_parser()._actions} & set(bad)
         self.assertGreater(len(options), 15)
         for option in options:
@@ -117,11 +130,24 @@ class OneProcess(DdpCase):
                 value = bad[option].partition(" ")[0]
                 self.refused(*SMALL, f"{option}={value}", text=option.strip("-"), main=script.main)
         self.refused(*SMALL, "--fsdp", "--ema", 0.5, text="--fsdp does not go with --ema", main=script.main)
+        self.refused(*SMALL, "--sync-bn", text="--sync-bn needs CUDA, the device is cpu", main=script.main)
         self.refused("--resume", "a", "--output", "b", text="--resume does not go with --output", main=script.main)
         self.refused("--resume", "a", text="no checkpoint to resume from", main=script.main)
         Path("a").write_text("mine")
         self.refused(*SMALL, "--output", "a", text="a exists", main=script.main)
         self.assertEqual(os.listdir(), ["a"])
+
+    def test_the_help_names_what_is_left_out_of_train_mnist(self) -> None:
+        theirs, ours = (
+            {action.option_strings[0] for action in module.make_parser()._actions}
+            for module in (single.script, script)
+        )
+        self.assertEqual(set(re.findall(r"--[\w-]+", script.__doc__.partition("leaves out")[2])), theirs - ours)
+
+    def test_each_process_gets_its_share_of_the_cores_unless_a_number_is_given(self) -> None:
+        with mock.patch.object(distributed, "set_threads", lambda: 3):
+            self.assertEqual(script.parse_args([]).threads, 3)
+            self.assertEqual(script.parse_args(["--threads", "2"]).threads, 2)
 
     def test_help_ends_with_the_memory_that_each_strategy_takes(self) -> None:
         for billions, size in ((1, 31_623), (7, 83_666)):
@@ -152,8 +178,7 @@ class SeveralProcesses(DdpCase):
         Path("driver.py").write_text(DRIVER.format(root=str(ROOT)))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command += ["--max-restarts=1", "driver.py", *SMALL, "--save-every", "4", "--output", "run"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
         self.assertNotEqual(done.returncode, 0)
         self.assertEqual(done.stdout.count("train loss"), 2, done.stderr)  # it was restarted
         step, path = saved_steps(Path("run", "checkpoints"))[-1]

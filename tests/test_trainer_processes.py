@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import torchbasics as tb
-from torchbasics import distributed
+from torchbasics import cli, distributed
 
 from .common import in_processes, needs_processes, outcomes
 
@@ -45,16 +46,40 @@ def make_trainer(strategy: str, folder: str | None = None, **options: Any) -> tb
     )
 
 
-def train(rank: int, strategy: str, folder: str | None = None, stop: int = -1, epochs: int = 3) -> dict[str, Any]:
+class ValidationLoader(tb.TensorLoader):
+    """Calls `on_start` when a validation begins."""
+
+    def __iter__(self) -> Any:
+        self.on_start()
+        return super().__iter__()
+
+
+def train(rank: int, strategy: str, folder: str | None = None, stop: int = -1, place: str = "step") -> dict[str, Any]:
+    """Train three epochs. The last process gets SIGTERM after the step `stop`, or in the validation after it."""
     trainer = make_trainer(strategy, folder)
     if folder is not None:
         trainer.resume()
-    if rank == distributed.world_size() - 1:  # one process alone gets the signal
-        trainer.on_step_end.append(lambda t: t.step == stop and os.kill(os.getpid(), signal.SIGTERM))
     loader = tb.TensorLoader(X, Y, 12, drop_last=True)
-    val_loader = tb.TensorLoader(X, Y, 12, world_size=1 if strategy == "fsdp" else None)
-    trainer.fit(loader, val_loader, epochs, verbose=False)
+    val_loader = ValidationLoader(X, Y, 12, world_size=1 if strategy == "fsdp" else None)
+
+    def kill(where: str) -> None:
+        if (where, trainer.step, rank) == (place, stop, distributed.world_size() - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.on_step_end.append(lambda _: kill("step"))
+    val_loader.on_start = lambda: kill("validation")
+    trainer.fit(loader, val_loader, 3, verbose=False)
     return {"weights": distributed.full_weights(trainer.model), "history": trainer.history}
+
+
+def run_script(rank: int, *args: Any) -> None:
+    """Do `train` as a script does, and exit with the script's code."""
+
+    def main(argv: Any) -> None:
+        with distributed.process_group(CPU, 30.0):
+            train(rank, *args)
+
+    sys.exit(cli.run(main))
 
 
 def refused(rank: int, case: str) -> str:
@@ -72,6 +97,9 @@ def refused(rank: int, case: str) -> str:
         loader = DataLoader(data, 6, sampler=DistributedSampler(data, **options))
     elif case == "padding sampler":
         val_loader = DataLoader(data, 6, sampler=DistributedSampler(data, **options))
+    elif case == "other shards":
+        loader = DataLoader(TensorDataset(X[: 24 + 2 * rank], Y[: 24 + 2 * rank]), 6)
+        loader.sharded = True
     elif case == "different lengths":
         loader = Sharded([(X[:6], Y[:6])] * (3 + rank))
     elif case == "sharded validation":
@@ -146,21 +174,21 @@ class ProcessesTest(unittest.TestCase):
 
     def test_a_signal_to_one_process_makes_all_leave_after_the_same_step_with_one_save(self) -> None:
         for strategy in ("ddp", "fsdp"):
-            with (
-                self.subTest(strategy),
-                tempfile.TemporaryDirectory() as whole,
-                tempfile.TemporaryDirectory() as folder,
-            ):
-                straight = in_processes(2, train, strategy, whole)
-                ends = outcomes(2, train, strategy, folder, 3)
-                self.assertEqual([end.code for end in ends], [1, 1])  # what `in_processes` gives for an exception
-                for end in ends:
-                    self.assertIn("torchbasics.trainer.Interrupted: SIGTERM: saved", end.output)
-                    self.assertNotIn("SIGABRT", end.output)
-                # the signal is exchanged before the next window, which is trained; then all leave
-                self.assertEqual([path.name for path in sorted(Path(folder).glob("step*"))][-1], "step-00000004.pt")
-                resumed = in_processes(2, train, strategy, folder)
-                self.assert_same_training(straight[0], resumed[0], 0.0)
+            straight = in_processes(2, train, strategy)
+            # a signal in a step is exchanged before the next window, which is trained; then all leave
+            for place, stop in (("step", 3), ("validation", 4)):
+                with self.subTest(strategy, place=place), tempfile.TemporaryDirectory() as folder:
+                    ends = outcomes(2, run_script, strategy, folder, stop, place, timeout=None)
+                    self.assertEqual([end.code for end in ends], [143, 143], ends)
+                    last = f"{folder}/step-00000004.pt"
+                    self.assertEqual([end.output for end in ends], [f"SIGTERM: saved {last}\n"] * 2)
+                    self.assertEqual(str(max(Path(folder).glob("step*"))), last)
+                    resumed = in_processes(2, train, strategy, folder)
+                    self.assert_same_training(straight[0], resumed[0], 0.0)
+
+    def test_a_refusal_of_one_process_is_the_error_of_all(self) -> None:
+        message = "26 samples are no whole number of batches of 6; use drop_last=True"
+        self.assertEqual(in_processes(2, refused, "other shards"), [message] * 2)
 
     def test_a_run_of_two_processes_is_continued_by_one_with_the_same_batches(self) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 T = TypeVar("T")
 NORM_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _groups = itertools.count()  # numbers the process groups that this process joins
-_job_store: dist.Store | None = None  # inside `process_group`: what `remember` writes to
+_job_store: dist.Store | None = None  # inside `process_group`: what `set_job_note` writes to
 
 
 def rank() -> int:
@@ -69,17 +69,39 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
     are done, and after an exception with a `signum` (`Interrupted`, which all processes raise at the same step). After
     any other error this process leaves alone, which lets the others fail soon instead of waiting.
 
-    Raises ValueError if torchrun's variables are incomplete, ConnectionError if the processes do not find each other.
+    Raises ValueError if torchrun's variables are incomplete, ConnectionError if the processes cannot find each other.
+    If nothing answers within `timeout`, the process ends with one line and exit code 1.
     """
     global _job_store
     if not is_launched():
         yield
         return
+    with _ending_with_torchrun():
+        _job_store = dist.PrefixStore("job", _join_group(device, timeout))
+        together = False
+        try:
+            yield
+            barrier()  # a process that leaves early breaks the connections that others still use
+            together = True
+        except BaseException as error:
+            if hasattr(error, "signum"):
+                barrier()
+                together = True
+            raise
+        finally:
+            _job_store = None
+            if together or device.type == "cpu":  # after an error nccl would wait for processes that no longer answer
+                dist.destroy_process_group()
+
+
+def _join_group(device: torch.device, timeout: float) -> dist.Store:
+    """Find the other processes, make the process group, and return the job's store."""
     backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     limit = datetime.timedelta(seconds=timeout)
+    failure = f"the processes did not find each other within {timeout:g} s"
     advice = "give all of them the same MASTER_ADDR and a free MASTER_PORT, or use torchrun --standalone"
-    # torch itself would wait for ever if another program held the port and never answered
-    alarm = threading.Timer(timeout + 5, _end, [f"error: MASTER_PORT gives the processes no answer; {advice}"])
+    # torch's own limit comes up to 5 s late, and never if another program holds the port and does not answer
+    alarm = threading.Timer(timeout, _end, [f"error: {failure}; {advice}"])
     alarm.daemon = True
     alarm.start()
     try:
@@ -90,42 +112,32 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
         fresh = dist.PrefixStore(name, store)
         dist.init_process_group(backend, store=fresh, rank=number, world_size=count, timeout=limit, device_id=own)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ConnectionError(
-            f"the processes did not find each other within {timeout:g} s ({reason}); {advice}"
-        ) from error
+        raise ConnectionError(f"{failure} ({str(error).splitlines()[0]}); {advice}") from error
     finally:
         alarm.cancel()
-    _job_store = dist.PrefixStore("job", store)
-    done = threading.Event()
-    watcher = threading.Thread(target=_leave_with, args=(os.getppid(), done), daemon=True)
+    return store
+
+
+@contextlib.contextmanager
+def _ending_with_torchrun() -> Iterator[None]:
+    """End this process within a second if torchrun, its parent, is killed in this `with` block."""
+    parent, done = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            if done.wait(0.5):
+                return
+        _end("torchrun is gone, so this process ends too")
+
+    watcher = threading.Thread(target=watch, daemon=True)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         watcher.start()
-    together = False
     try:
         yield
-        barrier()  # a process that leaves early breaks the connections that others still use
-        together = True
-    except BaseException as error:
-        if hasattr(error, "signum"):
-            barrier()
-            together = True
-        raise
     finally:
-        _job_store = None
         done.set()
         if watcher.is_alive():
             watcher.join()  # a thread that is left when Python exits may abort the process
-        if together or device.type == "cpu":  # after an error nccl would wait for processes that no longer answer
-            dist.destroy_process_group()
-
-
-def _leave_with(parent: int, done: threading.Event) -> None:
-    """End this process within a second after torchrun, its parent, was killed."""
-    while os.getppid() == parent:
-        if done.wait(0.5):
-            return
-    _end("torchrun is gone, so this process ends too")
 
 
 def _end(reason: str) -> None:
@@ -155,8 +167,8 @@ def own_device(device: torch.device) -> torch.device:
     return device
 
 
-def set_threads() -> str:
-    """Give each process of this machine its share of the cores, unless OMP_NUM_THREADS is set; say what was chosen.
+def set_threads() -> int:
+    """Give each process of this machine its share of the cores, unless OMP_NUM_THREADS is set; return the number.
 
     OMP_NUM_THREADS=1 does not count: torchrun sets it by itself, which leaves most cores idle.
     """
@@ -164,8 +176,7 @@ def set_threads() -> str:
     if processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // processes))
-    count = torch.get_num_threads()
-    return f"{count} thread{'' if count == 1 else 's'} per process"
+    return torch.get_num_threads()
 
 
 def barrier() -> None:
@@ -217,13 +228,13 @@ def on_main(function: Callable[[], T]) -> T:
     return outcome
 
 
-def remember(key: str, value: str) -> None:
+def set_job_note(key: str, value: str) -> None:
     """Leave a note for the processes that torchrun starts in place of these, should they fail."""
     if _job_store is not None:
         _job_store.set(key, value)
 
 
-def recall(key: str) -> str | None:
+def job_note(key: str) -> str | None:
     """Return the note that this job left, before a restart or after it; None if there is none."""
     return _job_store.get(key).decode() if _job_store is not None and _job_store.check([key]) else None
 
