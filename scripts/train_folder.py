@@ -3,11 +3,11 @@
     python scripts/train_folder.py photos
     python scripts/train_folder.py photos --model resnet18 --pretrained --freeze --epochs 5
 
-A folder may also be divided already: photos/train/cat/1.jpg, photos/val/…, photos/test/…. What is missing of val and
-test is split off. Linked folders are not followed. To train on other data than images on disk, replace `Photos` and
-`make_datasets`, and `build_model` where the inputs are no images: docs/your-own-data.md shows three examples.
+The folder may already be divided: photos/train/cat/1.jpg, photos/val/…, photos/test/…. The script splits off val and
+test where they are missing. It does not follow linked folders. To train on other data than images on disk, replace
+`Photos` and `make_datasets`, and `build_model` if the inputs are not images: see the examples in docs/your-own-data.md.
 
-What train_mnist.py has and this script leaves out for brevity: presets, other optimizers and schedules, --dropout,
+For brevity this script leaves out some options of train_mnist.py: presets, other optimizers and schedules, --dropout,
 --label-smoothing, --ema, --patience, --tta, --compile, --deterministic, --limit-batches, dry runs and TensorBoard.
 """
 
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -38,7 +39,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a checkout, use the package beside scripts/
 import torchbasics as tb
 from torchbasics import cli
-from torchbasics.data import mix_seed
+from torchbasics.data import end_with_parent, mix_seed
 from torchbasics.report import Judgement, Report
 
 PARTS = ("train", "val", "test")
@@ -88,7 +89,7 @@ def make_parser() -> cli.Parser:
     add("--resume", type=cli.path_argument, metavar="DIR", help="continue the run in DIR with its own options")
     add("--save-every", type=positive, metavar="N", help="save every N steps (default: after each epoch)")
     add("--seed", type=cli.number(int, 0, 2**32 - 1), default=42, metavar="N",
-        help="of all random numbers (default: 42)")
+        help="seed of all random numbers (default: 42)")
     add("--quiet", action="store_true", help="print the result only")
     add("--anomaly", action="store_true", help="name the forward line of a NaN gradient; slow")
     add("--debug", action="store_true", help="show tracebacks")
@@ -130,13 +131,13 @@ class Photo(NamedTuple):
 
 
 class Photos(Dataset):
-    """Images on disk and their classes. To train on other data, replace this class by one that has as much:
+    """Images on disk and their classes. To train on other data, replace this class by one that provides the same:
 
-    `len(dataset)`, and `dataset[i]`: (input, target), here a float32 image (C, H, W) and the number of its class.
-    `classes`: their names. `targets`: all targets, for class weights and reports. `set_epoch(epoch)`, which Trainer
-    calls before each epoch: random changes of a sample depend on (seed, epoch, sample) alone, so that a resumed run
-    repeats them, whatever the number of workers. A data set without random changes needs no `set_epoch`. Targets are
-    ints; of a regression `torch.tensor([value])`, since outputs are (B, 1).
+    - `len(dataset)`, and `dataset[i]`: a pair (input, target), here a float32 image (C, H, W) and the index of its
+      class. In a regression the target is `torch.tensor([value])`, because the outputs are (B, 1).
+    - `classes`, their names, and `targets`, the targets of all samples. Only --balance reads them.
+    - `set_epoch(epoch)`, if samples change at random. Trainer calls it before each epoch. Let the changes depend on
+      (seed, epoch, sample) alone: then a resumed run repeats them, with any number of workers.
     """
 
     def __init__(self, photos: list[Photo], facts: dict[str, Any], augment: bool, seed: int) -> None:
@@ -161,28 +162,29 @@ class Photos(Dataset):
             return self.transform(image), self.targets[index]
 
 
-def find_files(folder: str) -> tuple[list[Photo], set[str]]:
-    """Return the files below folder/CLASS or folder/PART/CLASS, and the names of all classes, empty ones included."""
+def find_files(folder: str) -> tuple[list[Photo], set[str], list[str]]:
+    """Return the files below folder/CLASS or folder/PART/CLASS, the names of all classes, and the linked folders."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: no such folder; it should hold one folder of images per class")
     is_divided = any(Path(folder).glob("train/*/*"))  # else `train` may be a class, beside `bus`
     files: list[Photo] = []
     labels: set[str] = set()
+    links: list[str] = []
     for path in sorted(Path(folder).rglob("*")):  # this does not enter linked folders, which may lead round in circles
         names = path.relative_to(folder).parts if is_divided else ("train", *path.relative_to(folder).parts)
         if any(name.startswith(".") for name in names):
             continue
         if path.is_dir():
             labels.update(names[1:2])
-            if names[0] not in PARTS:
-                raise ValueError(f"{path}: beside train there may be val and test only")
+            if path.is_symlink():
+                links.append(str(path))
         elif len(names) > 2:
             files.append(Photo(str(path), names[0], names[1]))
-    return files, labels
+    return files, labels, links
 
 
 def examine(file: Photo) -> Photo:
-    """Read an image file whole, and return it with what was found; as it was, if it cannot be used."""
+    """Read the whole image and return the file with what was found, or unchanged if it cannot be used."""
     try:
         image = tb.read_image(file.path)
     except tb.DataError:
@@ -194,8 +196,12 @@ def examine(file: Photo) -> Photo:
 
 
 def split_off(photos: list[Photo], missing: list[str], seed: int) -> list[Photo]:
-    """Give the `missing` parts their share of the training images, of each class alike. Copies stay together."""
-    originals = [*{photo.digest: photo for photo in photos if photo.part == "train"}.values()]
+    """Move a share of the training images to each of the `missing` parts, the same share of each class.
+
+    Copies of an image stay together. Each class keeps a training image.
+    """
+    training = [photo for photo in photos if photo.part == "train"]
+    originals = [*{photo.digest: photo for photo in training}.values()]
     classes = sorted({photo.label for photo in originals})
     numbers = [classes.index(photo.label) for photo in originals]
     shares = (1 - TEST_SHARE * len(missing), *[TEST_SHARE] * len(missing))
@@ -203,11 +209,16 @@ def split_off(photos: list[Photo], missing: list[str], seed: int) -> list[Photo]
     part_of: dict[str, str] = {}
     for part, subset in zip(("train", *missing), subsets, strict=True):
         part_of |= {originals[i].digest: part for i in subset.indices}
+    kept = {photo.label for photo in training if part_of[photo.digest] == "train"}
+    for photo in training:
+        if photo.label not in kept:
+            part_of[photo.digest] = "train"
+            kept.add(photo.label)
     return [photo._replace(part=part_of[photo.digest]) if photo.part == "train" else photo for photo in photos]
 
 
 def describe_problems(photos: list[Photo], left_out: list[str], labels: set[str], balance: bool) -> list[str]:
-    """Return a line on each thing about the images that one should know before a long training."""
+    """Return a line for each problem of the images that the user should know before a long training."""
     first = {photo.digest: photo for photo in reversed(photos)}  # of each content
     copies = [(first[photo.digest], photo) for photo in photos if photo is not first[photo.digest]]
     within = [f"{one.path} = {other.path}" for one, other in copies if one.part == other.part]
@@ -218,7 +229,7 @@ def describe_problems(photos: list[Photo], left_out: list[str], labels: set[str]
     for text, found in (
         ("files that cannot be read and linked folders, which are left out", left_out),
         ("images that are in the same part twice", within),
-        ("images that are in two of train, val and test, which flatters the result", across),
+        ("images in more than one of train, val and test (they make the result look better)", across),
         ("classes with fewer than 10 training images (empty ones are left out)", tiny),
     ):
         if found:
@@ -258,12 +269,14 @@ def make_transform(facts: dict[str, Any], augment: bool) -> Callable[[Any], Tens
 
 def make_datasets(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any], str]:
     """Return data sets for training, validation and test, facts about them, and lines for the user."""
-    files, labels = find_files(args.folder)
+    files, labels, left_out = find_files(args.folder)
+    for file in files:
+        if file.part not in PARTS:
+            raise ValueError(f"{file.path}: its part is {file.part!r}; beside train there may be val and test only")
     with ThreadPoolExecutor() as pool:  # decoding leaves Python free for other threads
         found = [*pool.map(examine, files)]
     photos = [photo for photo in found if photo.digest]
-    left_out = [photo.path for photo in found if not photo.digest]
-    left_out += [str(path) for path in Path(args.folder).rglob("*") if path.is_symlink() and path.is_dir()]
+    left_out += [photo.path for photo in found if not photo.digest]
     classes = tuple(sorted({photo.label for photo in photos if photo.part == "train"}))
     if len(classes) < 2:
         raise ValueError(f"{args.folder}: training images of {len(classes)} classes, at least 2 are needed (as "
@@ -299,12 +312,13 @@ def make_datasets(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any], 
 def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[Any], dict[str, Any], str]:
     """Return loaders for training, validation and test, facts about the data, and a notice for the user.
 
-    The facts are stored in each checkpoint: `judge` needs the classes, predict.py and export.py all of them.
+    The facts are stored in each checkpoint: `evaluate_best` needs the classes, predict.py and export.py all of them.
     """
     datasets, facts, notice = make_datasets(args)
     train, val, test = datasets
-    common: dict[str, Any] = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
-    # Of one process, too, this is the sampler of torch whose order depends on (seed, epoch) alone.
+    common: dict[str, Any] = {"num_workers": args.workers, "worker_init_fn": end_with_parent}
+    common["pin_memory"] = device.type == "cuda"
+    # Use this sampler in a single process too: its order depends on (seed, epoch) alone.
     order: Any = DistributedSampler(train, num_replicas=1, rank=0, seed=args.seed)
     train_loader = DataLoader(train, min(args.batch_size, len(train)), sampler=order, drop_last=True, **common)
     val_loader = DataLoader(val, args.batch_size, **common)
@@ -313,15 +327,20 @@ def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[A
 
 
 def make_model(args: argparse.Namespace, facts: dict[str, Any], device: torch.device) -> nn.Module:
-    """Return the model, and add to the facts how predict.py and export.py build it."""
-    facts["model"] = args.model
+    """Return the model on its device. Load the weights of --init-from; with --freeze, freeze all but the last layer."""
     model = build_model(args, facts)
+    left: list[str] = []
     if args.init_from and not args.resume:
         left = tb.load_initial_weights(model, args.init_from)
         print(f"initial weights from {args.init_from}; left as they were: {', '.join(left) or 'none'}")
     if args.freeze:
+        name, head = find_head(model)
+        frozen = [other for other in left if not other.startswith(f"{name}.")]
+        if frozen:
+            raise ValueError(f"--freeze: {args.init_from} has no weights for {frozen[0]}, which would stay random; "
+                             "leave --freeze out, or give a file of the same --model")  # fmt: skip
         tb.freeze(model)
-        tb.unfreeze(find_head(model)[1])
+        tb.unfreeze(head)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()  # its statistics stay too; Trainer leaves it in this mode
@@ -329,7 +348,11 @@ def make_model(args: argparse.Namespace, facts: dict[str, Any], device: torch.de
 
 
 def build_model(args: argparse.Namespace, facts: dict[str, Any]) -> nn.Module:
-    """Return the model of that name. Raise ValueError unless it gives a score for each class of such images."""
+    """Return the model, and add its name to the facts, from which predict.py and export.py build it.
+
+    Raises ValueError unless it gives a score for each class of such images.
+    """
+    facts["model"] = args.model
     images = torch.zeros(2, facts["in_channels"], facts["image_size"], facts["image_size"])
     expected = (2, facts["num_classes"])
     try:
@@ -356,7 +379,9 @@ def create_model(args: argparse.Namespace, facts: dict[str, Any]) -> nn.Module:
     try:
         model = models.get_model(args.model, weights=weights, progress=sys.stderr.isatty())
     except (OSError, RuntimeError) as error:  # no network, or a damaged file
-        raise OSError(f"--pretrained: no weights ({error}); download {getattr(weights, 'url', '')} and put it into "
+        if weights is None or cli.is_out_of_memory(error):
+            raise
+        raise OSError(f"--pretrained: no weights ({error}); download {weights.url} and put it into "
                       f"{torch.hub.get_dir()}/checkpoints") from error  # fmt: skip
     name, head = find_head(model)
     bias = head.bias is not None  # that of maxvit_t has none
@@ -399,8 +424,8 @@ def top5(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.topk(5).indices == targets[:, None]).any(1).float()
 
 
-def judge(trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[str, Any], Judgement]:
-    """Look at the test set, once, with the best weights; return the figures, and all else that the report shows."""
+def evaluate_best(trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[str, Any], Judgement]:
+    """Evaluate the best weights on the test set, once; return the figures, and what else the report shows."""
     if trainer.best_epoch is None:
         raise tb.NonFiniteLoss("no epoch had a finite validation loss; lower --lr or set --clip-norm 1")
     model = trainer.evaluated_model
@@ -449,7 +474,8 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         if args.resume:
             trainer.resume()
-        versions = {"torch": torch.__version__, "torchbasics": tb.__version__}
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+                    "torchvision": torchvision.__version__, "torchbasics": tb.__version__}  # fmt: skip
         run.write_info(command=args.command, options=vars(args), **facts, notice=notice,
                        device=tb.device_name(device), precision=trainer.precision, versions=versions)  # fmt: skip
         if not args.quiet:
@@ -460,14 +486,16 @@ def main(argv: list[str] | None = None) -> int:
         run.watch(trainer, args.epochs, train_loader, quiet=args.quiet)
         train = train_loader.dataset
         samples = train_loader.collate_fn([train[i] for i in range(0, len(train), math.ceil(len(train) / 12))])
-        report = Report(run.path, run.info, trainer, defaults=vars(make_parser().parse_args([])), samples=samples)
+        defaults = vars(make_parser().parse_args([]))
+        del defaults["folder"]  # no option
+        report = Report(run.path, run.info, trainer, defaults=defaults, samples=samples)
         started = time.monotonic()
         hint = f"continue with: python {sys.argv[0]} --resume {shlex.quote(str(run.path))}"
         try:
             with report:  # report.html is written now, after each epoch and at the end
                 trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
                 seconds = time.monotonic() - started
-                result, report.judgement = judge(trainer, run.checkpoints / "best.pt", test_loader)
+                result, report.judgement = evaluate_best(trainer, run.checkpoints / "best.pt", test_loader)
                 result |= {"train_seconds": seconds, "total_seconds": time.monotonic() - began}
                 run.write_info(result=result)
         except tb.Interrupted as stop:
@@ -485,8 +513,10 @@ def print_result(args: argparse.Namespace, result: dict[str, Any], report: Repor
     top = f", {result['test_top5']:.2%} in the first five" if "test_top5" in result else ""
     print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: "
           f"validation {result['best_val_accuracy']:.2%}\n"
-          f"test {result['test_accuracy']:.2%}{top}, mean over classes {result['test_balanced_accuracy']:.2%} "
-          f"(loss {result['test_loss']:.4f})")  # fmt: skip
+          f"test {result['test_accuracy']:.2%}{top} (loss {result['test_loss']:.4f})\n"
+          f"mean over classes {result['test_balanced_accuracy']:.2%}")  # fmt: skip
+    if report.judgement:
+        print("\n".join(report.judgement.by_class_lines()))
     print(f"training took {result['train_seconds']:.1f} s")
     for line in report.advice():
         print(f"advice: {cli.printable(line)}")

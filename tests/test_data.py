@@ -11,8 +11,11 @@ import math
 import os
 import random
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
+import time
 import unittest
 from pathlib import Path
 from typing import Any
@@ -572,6 +575,37 @@ class Splits(unittest.TestCase):
             for labels in (None, [0] * 10):
                 with self.assertRaisesRegex(ValueError, "fractions must be positive and add up to 1"):
                     split_dataset(dataset, fractions, labels=labels)
+
+
+class Workers(TempCase):
+    PROGRAM = """
+import multiprocessing, sys, time
+from torch.utils.data import DataLoader
+from torchbasics.data import end_with_parent
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    batches = iter(DataLoader(range(100), 1, num_workers=1, worker_init_fn=end_with_parent))
+    next(batches)
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    time.sleep(60)
+"""
+
+    @unittest.skipUnless(Path("/proc/self").exists(), "reads the state of a process in /proc")
+    def test_a_worker_that_was_not_forked_ends_when_the_training_is_killed(self) -> None:
+        program = self.root / "program.py"
+        program.write_text(self.PROGRAM)
+        environment = os.environ | {"PYTHONPATH": os.getcwd()}
+        with subprocess.Popen([sys.executable, program], env=environment, stdout=subprocess.PIPE, text=True) as process:
+            self.addCleanup(process.kill)
+            assert process.stdout is not None
+            worker = Path("/proc", process.stdout.readline().strip(), "stat")
+            self.assertTrue(worker.exists())
+            process.kill()
+        killed = time.monotonic()
+        while worker.exists() and " Z " not in worker.read_text():
+            self.assertLess(time.monotonic() - killed, 3)
+            time.sleep(0.05)
 
 
 class Parts(unittest.TestCase):

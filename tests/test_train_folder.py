@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shlex
 import shutil
 import signal
@@ -158,6 +159,15 @@ class Run(FolderCase):
         self.assertEqual(again, [photo.path for photo in test.photos])
         self.assertNotEqual(again, other)
 
+    def test_each_class_keeps_a_training_image_when_val_and_test_are_split_off(self) -> None:
+        photos = [script.Photo(f"{label}/{i}", "train", label, f"{label}{i}")
+                  for label, number in (("blue", 13), ("rare", 1), ("z", 20)) for i in range(number)]  # fmt: skip
+        photos.append(script.Photo("copy/0", "train", "copy", "z0"))
+        for seed in range(20):
+            split = script.split_off(photos, ["val", "test"], seed)
+            self.assertEqual({photo.label for photo in split if photo.part == "train"}, {"blue", "rare", "z", "copy"})
+            self.assertEqual({photo.part for photo in split}, {"train", "val", "test"})
+
     def test_the_number_of_workers_changes_nothing_and_the_random_changes_depend_on_the_epoch(self) -> None:
         one, two = self.run_small("a"), self.run_small("b", "--workers", 2)
         self.assert_same_run(one, two)
@@ -168,6 +178,9 @@ class Run(FolderCase):
         self.assertTrue(torch.equal(torch.get_rng_state(), before))
         train.set_epoch(1)
         self.assertFalse(torch.equal(train[3][0], first))
+        with mock.patch.dict(sys.modules, {script.__name__: script}):  # other tests load it under the same name
+            copy = pickle.loads(pickle.dumps(train))  # as a worker that is not forked gets it
+        torch.testing.assert_close(copy[3], train[3], rtol=0, atol=0)
 
     def test_it_is_colour_if_any_image_is_and_grey_only_if_the_model_takes_it(self) -> None:
         for path in sorted(Path("photos").rglob("*.png"))[:-1]:
@@ -183,7 +196,13 @@ class Run(FolderCase):
         for i in range(8):
             for j in range(3):
                 write(Path(f"photos/extra{i}/{j}.png"), noisy((30 * i, 0, 90), 1000 + 10 * i + j))
-        result = info_of(self.run_small("a"))["result"]
+        code, out, err = call("photos", *SMALL, "--output", "a")
+        self.assertEqual((code, err), (0, ""))
+        result = info_of(Path("a"))["result"]
+        lines = [line for line in out.splitlines() if line.startswith(("test ", "mean over classes ", "by class: "))]
+        self.assertEqual(len(lines), 3, out)
+        self.assertRegex(lines[0], r"^test \S+%, \S+% in the first five \(loss \S+\)$")
+        self.assertLessEqual(max(map(len, lines)), 60)
         row = json.loads(Path("a/metrics.jsonl").read_text().splitlines()[0])
         self.assertLessEqual(row["val_acc"], row["val_top5"])
         self.assertLessEqual(result["test_accuracy"], result["test_top5"])
@@ -261,6 +280,15 @@ class Tuning(FolderCase):
             self.assertIn(text, line)
         self.assertEqual(sorted(path.name for path in self.folder.iterdir()), ["hub", "photos"])
 
+    def test_only_missing_weights_are_called_missing_weights(self) -> None:
+        for options, problem, expected in (
+            ((), "broken", (2, "for images (2, 3, 16, 16): broken")),
+            (("--pretrained",), "CUDA out of memory", (1, "out of memory")),
+        ):
+            with mock.patch.object(models, "get_model", side_effect=RuntimeError(problem)):
+                code, line = expected
+                self.assertNotIn("--pretrained", self.refused("photos", *TUNED, *options, text=line, code=code))
+
     def test_pretrained_models_see_images_as_their_weights_want_them(self) -> None:
         args = script.parse_args(["photos", "--model", "efficientnet_b1", "--pretrained"])
         expected = {"image_size": 240, "resize": 255, "interpolation": "bilinear", "mean": (0.485, 0.456, 0.406)}
@@ -297,6 +325,8 @@ class Tuning(FolderCase):
         changed = [name for name, value in after.items() if value.shape != weights[name].shape
                    or not torch.equal(value, weights[name])]  # fmt: skip
         self.assertEqual(changed, ["classifier.3.weight", "classifier.3.bias"])
+        argv = ("photos", *SMALL, "--model", "cnn", "--init-from", best, "--freeze")
+        self.refused(*argv, text=f"--freeze: {best} has no weights for ")
 
 
 class Resume(FolderCase):
@@ -306,6 +336,8 @@ class Resume(FolderCase):
         page = (straight / "report.html").read_text(encoding="utf-8")
         self.assertIn("--balance", page)
         self.assertNotIn("fingerprint", page)  # no option of the script
+        self.assertNotIn("--folder", page)
+        self.assertEqual(list(info_of(straight)["versions"]), ["python", "torch", "torchvision", "torchbasics"])
         with after_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
             code, _, err = call("photos", *SMALL, *options, "--output", "a")
         self.assertEqual(code, 128 + signal.SIGTERM, err)
@@ -400,7 +432,7 @@ class Checks(FolderCase):
         notes = self.notes(folder="parts")
         self.assertIn("in the same part twice: 2 (parts/train/red/00.png = parts/train/red/again.png, "
                       "parts/val/blue/05.png = parts/val/green/y.png)", notes)  # fmt: skip
-        self.assertIn("in two of train, val and test, which flatters the result: 1 "
+        self.assertIn("in more than one of train, val and test (they make the result look better): 1 "
                       "(parts/test/blue/x.png = parts/train/blue/05.png)", notes)  # fmt: skip
 
     def test_empty_tiny_and_unequal_classes_and_sizes_far_from_the_models_are_named(self) -> None:
@@ -440,7 +472,7 @@ class BadInput(FolderCase):
             ("empty", "training images of 0 classes"), ("flat", "training images of 0 classes"),
             ("one", "training images of 1 classes, at least 2 are needed (as one/CLASS/*.jpg); left out: one/loop"),
             ("two", "too few to split off"), ("parts", "val or test without training images: yellow"),
-            ("more", "more/valid: beside train there may be val and test only"),
+            ("more", "more/valid/blue/00.png: its part is 'valid'; beside train there may be val and test only"),
         ):  # fmt: skip
             with self.subTest(name):
                 self.refused(name, *SMALL, text=text)

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib.util
 import io
+import json
 import os
 import re
 import sys
@@ -48,8 +49,8 @@ class YourOwnData(unittest.TestCase):
         os.chdir(folder.name)
         sys.path.insert(0, folder.name)
 
-    def accuracy(self, number: int, *argv: Any) -> float:
-        """Apply the diff of that number, train, and return the accuracy on the test set."""
+    def train(self, number: int, *argv: Any) -> tuple[int, str, str]:
+        """Apply the diff of that number and train; return (exit code, stdout, stderr)."""
         diff = DIFFS[number]
         self.assertLessEqual(len(re.findall(r"^[+-]", diff, re.M)), 15)
         Path("changed.py").write_text(apply(diff, (SCRIPTS / "train_folder.py").read_text(encoding="utf-8")), "utf-8")
@@ -60,7 +61,11 @@ class YourOwnData(unittest.TestCase):
         spec.loader.exec_module(module)
         sys.path[:] = before
         small = ("--workers", 0, "--threads", 1, "--device", "cpu", "--precision", "fp32", "--lr", 0.01)
-        code, out, err = run_main(lambda words: cli.run(module.main, words), *map(str, (*argv, *small)))
+        return run_main(lambda words: cli.run(module.main, words), *map(str, (*argv, *small)))
+
+    def accuracy(self, number: int, *argv: Any) -> float:
+        """Apply the diff of that number, train, and return the accuracy on the test set."""
+        code, out, err = self.train(number, *argv)
         self.assertEqual((code, err), (0, ""))
         self.assertEqual("predict:" in out, number != 2)  # predict.py can read images only
         found = re.search(r"test ([\d.]+)%", out)
@@ -79,6 +84,10 @@ class YourOwnData(unittest.TestCase):
                 table.writerow([f"{i}.png", name])
         options = ("--model", "fastnet", "--image-size", 16, "--epochs", 3, "--batch-size", 8)
         self.assertEqual(self.accuracy(0, "images.csv", *options), 100)
+        Path("parts.csv").write_text("file,class,part\n0.png,blue,train\n1.png,red,valid\n", "utf-8")
+        code, _, err = self.train(0, "parts.csv", *options)
+        self.assertEqual(code, 2)
+        self.assertRegex(err, r"^error: 1.png: its part is 'valid'; beside train there may be val and test only\n$")
 
     def test_tensors(self) -> None:
         targets = torch.arange(60) % 3
@@ -93,7 +102,8 @@ class YourOwnData(unittest.TestCase):
         Path("lines.txt").write_text("\n".join(lines), "utf-8")
         Path("text_model.py").write_text(PROGRAMS[0], "utf-8")
         self.addCleanup(sys.modules.pop, "text_model", None)
-        self.assertEqual(self.accuracy(2, "lines.txt", "--epochs", 15, "--batch-size", 8), 100)
+        self.assertEqual(self.accuracy(2, "lines.txt", "--epochs", 15, "--batch-size", 8, "--output", "run"), 100)
+        self.assertNotIn("model", json.loads(Path("run/run.json").read_text("utf-8")))  # it is not smallvgg
 
     def test_the_program_for_a_table_of_numbers_learns(self) -> None:
         torch.manual_seed(0)
