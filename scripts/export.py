@@ -145,7 +145,9 @@ FORMATS = {
     "onnx": Format("model.onnx", to_onnx),
     "torchscript": Format("model.torchscript.pt", to_torchscript, "for old programs; torch.jit is deprecated"),
     "int8-dynamic": Format("model.int8-dynamic.pt", to_int8_dynamic, "by torch.ao, as TorchScript", ROUGH),
-    "int8-static": Format("model.int8-static.pt", to_int8_static, "by torch.ao, as TorchScript", ROUGH),
+    "int8-static": Format(
+        "model.int8-static.pt", to_int8_static, "by torch.ao, as TorchScript, calibrated on {calibration}", ROUGH
+    ),
     "pruned": Format("model.pruned.pt2", to_pruned, "{sparsity:.0%} zeros take as much room and time as before"),
 }
 
@@ -367,6 +369,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.format = list(FORMATS) if "all" in args.format else list(dict.fromkeys(args.format))
     if "pruned" not in args.format and (args.sparsity is not None or args.prune_layer):
         parser.error("--sparsity and --prune-layer are for --format pruned")
+    if args.input_shape and args.data_dir:
+        parser.error("--input-shape does not go with --data-dir, whose images have their own shape")
     args.sparsity = 0.3 if args.sparsity is None else args.sparsity
     return args
 
@@ -394,15 +398,24 @@ def main(argv: list[str] | None = None) -> int:
         try:
             lines = export_one(name, job, expected)
         except Exception as error:
-            if args.debug:
+            if args.debug or isinstance(error, BrokenPipeError):
                 raise
             codes.append(3 if isinstance(error, cli.MissingExtra) else 1)
             print(f"error: {name}: {cli.printable(' '.join(str(error).split()))[:500]}", file=sys.stderr)
         else:
-            note = FORMATS[name].note.format(sparsity=args.sparsity)
+            calibration = job.kind.replace("test images", "training images")
+            note = FORMATS[name].note.format(sparsity=args.sparsity, calibration=calibration)
             texts += [f"\n# {name}: {note}".rstrip(": "), *lines]
     if {"mean", "std"} <= metadata.keys():
-        print(f"inputs are (pixels / 255 - mean) / std, with mean {metadata['mean']} and std {metadata['std']}")
+        line = f"inputs are (pixels / 255 - mean) / std, with mean {metadata['mean']} and std {metadata['std']}"
+        if "resize" in metadata:  # of train_folder
+            line += (f"; first resize the shorter side to {metadata['resize']} ({metadata['interpolation']}), "
+                     f"then crop the middle {metadata['image_size']}×{metadata['image_size']}")  # fmt: skip
+        print(line)
+    if "classes" in metadata:
+        classes = [cli.printable(name) for name in metadata["classes"]]
+        more = ", …" if len(classes) > 10 else ""
+        print(f"outputs are scores of {len(classes)} classes: {', '.join(classes[:10])}{more}")
     print("\n".join(texts))
     return 1 if 1 in codes else max(codes)
 

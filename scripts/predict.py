@@ -68,6 +68,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--data-dir and --report go with --dataset, not with image files")
     if args.dataset and (args.invert is not None or args.top):
         parser.error("--invert and --top go with image files, not with --dataset")
+    if args.dataset == "digits" and args.data_dir:
+        parser.error("--dataset digits is drawn; leave --data-dir out")
     if args.report and Path(args.report).exists():
         parser.error(f"--report {args.report}: give a file that does not exist yet")
     args.top, args.data_dir = args.top or 3, args.data_dir or "./data"
@@ -80,7 +82,10 @@ def numbers(text: str) -> tuple[float, ...]:
 
 def load_member(path: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model in the checkpoint at `path`, for pixels from 0 to 1, and what metadata and options say of it."""
-    checkpoint = tb.load_checkpoint(path)
+    try:
+        checkpoint = tb.load_checkpoint(path)
+    except tb.CheckpointError as error:
+        raise ValueError(f"{error} (a file of export.py is run by the lines that it printed)") from error
     given = {name: getattr(args, name) for name in FACTS if getattr(args, name) is not None}
     facts = {**checkpoint.get("metadata", {}), **given}
     missing = [name for name in FACTS if name not in facts]
@@ -211,9 +216,10 @@ def look(path: str, facts: dict[str, Any], invert: bool | None) -> Tensor:
 def predict_files(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace, device: torch.device) -> int:
     """Print class, confidence and runners-up of each image file; return 1 if one of them cannot be used, else 0."""
     width = min(60, max(len(path) for path in args.images))
+    class_width = min(30, max(len(str(name)) for name in (*facts["classes"], "class")))
     rows: list[dict[str, Any]] = []
     if not args.json:
-        print(f"{'image':<{width}}  class  confidence  runners-up")
+        print(f"{'image':<{width}}  {'class':<{class_width}}  confidence  runners-up")
     for path in args.images:
         try:
             pixels = look(path, facts, args.invert)  # (C, H, W)
@@ -228,13 +234,13 @@ def predict_files(model: nn.Module, facts: dict[str, Any], args: argparse.Namesp
         rows.append({"file": path, "class": classes[0], "confidence": top[classes[0]], "top": top})
         if not args.json:
             runners = ", ".join(f"{name} {share:.2%}" for name, share in list(top.items())[1:])
-            print(cli.printable(f"{path:<{width}}  {classes[0]:<5}  {top[classes[0]]:10.2%}  {runners}"))
+            print(cli.printable(f"{path:<{width}}  {classes[0]:<{class_width}}  {top[classes[0]]:10.2%}  {runners}"))
     if args.json:
         print(json.dumps({"classes": facts["classes"], "images": rows}, indent=2))
     return 1 if any("error" in row for row in rows) else 0
 
 
-def judge(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
+def evaluate_on(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
     """Print the accuracy on the test images of a data set, its interval, and the worst confusions."""
     test = tb.load_images(args.dataset, args.data_dir, train=False)
     shape, classes = (facts["in_channels"], facts["image_size"], facts["image_size"]), facts["classes"]
@@ -246,7 +252,8 @@ def judge(model: nn.Module, facts: dict[str, Any], args: argparse.Namespace, dev
     count, correct, (low, high) = judgement.count, judgement.correct, judgement.interval
     confused = [(true, taken, times) for true, taken, times, _ in judgement.worst_pairs(3)]
     if args.report:
-        judgement.write(args.report, f"{', '.join(args.checkpoint)} on {args.dataset}", {"dataset": args.dataset})
+        shown = {"dataset": args.dataset, "mean": facts["mean"], "std": facts["std"]}
+        judgement.write(args.report, f"{', '.join(args.checkpoint)} on {args.dataset}", shown)
     if args.json:
         print(json.dumps({"dataset": args.dataset, "images": count, "correct": correct, "accuracy": correct / count,
                           "interval": (low, high), "confusions": confused}, indent=2))  # fmt: skip
@@ -270,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         model = tb.ShiftedViews(model)
     model.to(device).eval()
     if args.dataset:
-        judge(model, facts[0], args, device)
+        evaluate_on(model, facts[0], args, device)
         return 0
     return predict_files(model, facts[0], args, device)
 

@@ -4,7 +4,7 @@
     python scripts/train_mnist.py --resume runs/mnist-20260102-030405
 
 Without MNIST and without a network it trains on digits that the program draws, and says so. To train on other data,
-change `make_loaders`, `make_model` and `judge`, in `main` the criterion and `samples=`, and the last lines of
+change `make_loaders`, `make_model` and `evaluate_best`, in `main` the criterion and `samples=`, and the last lines of
 `print_result`. Then remove the options that only they used, from the parser, PRESETS and FREE_ON_RESUME too.
 """
 
@@ -89,7 +89,8 @@ def make_parser() -> cli.Parser:
         help="auto: bf16 where the hardware computes in it (default: auto)")
     add("--compile", nargs="?", const="default", metavar="MODE",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-        help="torch.compile: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs")
+        help="torch.compile (on a CPU seldom faster): default, reduce-overhead, max-autotune, "
+             "max-autotune-no-cudagraphs")  # fmt: skip
     add("--threads", type=positive, metavar="N", help="CPU threads; other numbers give other last digits")
     add = parser.add_argument_group("run").add_argument
     add("--output", type=cli.path_argument, metavar="DIR", help="new directory (default: runs/DATASET-DATE-TIME)")
@@ -138,9 +139,9 @@ def make_loaders(args: argparse.Namespace, device: torch.device) -> tuple[list[A
 
     A loader may be a DataLoader, also with shuffle=True and workers: it has a length and a `dataset`, and gives batches
     (images (B, C, H, W) float32, normalised; labels (B,) int64). --limit-batches would then be its
-    `sampler=RandomSampler(dataset, num_samples=N * args.batch_size)`. The facts are stored in each checkpoint: `judge`
-    needs the classes, predict.py and export.py all of them. Uses --dataset, --data-dir, --augment, --batch-size,
-    --limit-batches and --seed.
+    `sampler=RandomSampler(dataset, num_samples=N * args.batch_size)`. The facts are stored in each checkpoint:
+    `evaluate_best` needs the classes, predict.py and export.py all of them. Uses --dataset, --data-dir, --augment,
+    --batch-size, --limit-batches and --seed.
     """
     train, val, test, name, notice = tb.load_splits(args.dataset, args.data_dir, val_size=5000, seed=args.seed)
     mean, std = tb.channel_statistics(train.inputs)
@@ -231,7 +232,9 @@ def tensorboard_callback(run: tb.RunDirectory, trainer: tb.Trainer, loader: Any)
     return write
 
 
-def judge(args: argparse.Namespace, trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[str, Any], Judgement]:
+def evaluate_best(
+    args: argparse.Namespace, trainer: tb.Trainer, best: Path, loader: Any
+) -> tuple[dict[str, Any], Judgement]:
     """Look at the test set, once, with the best weights; return the figures, and all else that the report shows."""
     if trainer.best_epoch is None:
         raise tb.NonFiniteLoss("no epoch had a finite validation loss; lower --lr or set --clip-norm 1")
@@ -288,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.resume()
         if args.tensorboard:
             trainer.on_epoch_end.append(tensorboard_callback(run, trainer, val_loader))
-        versions = {"torch": torch.__version__, "torchbasics": tb.__version__}
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchbasics": tb.__version__}
         run.write_info(command=args.command, options=vars(args), **facts, notice=notice,
                        device=tb.device_name(device), precision=trainer.precision, versions=versions)  # fmt: skip
         if not args.quiet:
@@ -307,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
             with report:  # report.html is written now, after each epoch and at the end
                 trainer.fit(train_loader, val_loader, args.epochs, verbose=False)
                 seconds = time.monotonic() - started
-                result, report.judgement = judge(args, trainer, run.checkpoints / "best.pt", test_loader)
+                result, report.judgement = evaluate_best(args, trainer, run.checkpoints / "best.pt", test_loader)
                 result |= {"train_seconds": seconds, "total_seconds": time.monotonic() - began}
                 run.write_info(result=result)
         except tb.Interrupted as stop:
@@ -330,12 +333,8 @@ def print_result(args: argparse.Namespace, result: dict[str, Any], report: Repor
     print(f"\nbest epoch {result['best_epoch']} of {result['epochs_run']}: "
           f"validation {result['best_val_accuracy']:.2%}\n"
           f"test {result['test_accuracy']:.2%} (loss {result['test_loss']:.4f})")  # fmt: skip
-    shares, remark = result["accuracy_by_class"], ""
-    if all(share > 0.99 for share in shares.values()):
-        shares, remark = {name: shares[name] for name in sorted(shares, key=shares.get)[:3]}, "  (the lowest)"
-    entries = [f"{name} {share:.1%}" for name, share in shares.items()]
-    rows = ["  ".join(entries[i : i + 5]) for i in range(0, len(entries), 5)]
-    print("by class: " + "\n          ".join(rows) + remark)
+    assert report.judgement is not None
+    print("\n".join(report.judgement.by_class_lines()))
     print(f"stopped because: {result['stopped_because']}\ntraining took {result['train_seconds']:.1f} s")
     for line in report.advice():
         print(f"advice: {cli.printable(line)}")

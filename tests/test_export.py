@@ -380,6 +380,25 @@ class Sources(ExportCase):
         (self.output / "model.torchscript.pt").unlink()
         self.fails(*argv, "--data-dir", self.folder, code=2)
 
+    def test_it_says_how_to_prepare_an_image_and_which_classes_come_out(self) -> None:
+        _, out = self.export("--format", "torchscript")
+        self.assertRegex(out, r"\ninputs are \(pixels / 255 - mean\) / std, with mean \(0.15,\) and std \(0.3,\)\n")
+        self.assertIn("\noutputs are scores of 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n", out)
+        (self.output / "model.torchscript.pt").unlink()
+        path, names = self.folder / "folder.pt", ("a\x1b", *"bcdefghijk")
+        save(path, resize=32, interpolation="bilinear", classes=names)
+        _, out = self.export("--checkpoint", path, "--format", "torchscript")
+        self.assertIn("; first resize the shorter side to 32 (bilinear), then crop the middle 28×28\n", out)
+        self.assertIn("\noutputs are scores of 11 classes: a\\x1b, b, c, d, e, f, g, h, i, j, …\n", out)
+
+    @unittest.skipUnless(QUANTIZES, "this torch has no quantization")
+    def test_int8_static_says_on_what_it_was_calibrated(self) -> None:
+        _, out = self.export("--format", "int8-static")
+        self.assertIn("\n# int8-static: by torch.ao, as TorchScript, calibrated on drawn digits\n", out)
+        (self.output / "model.int8-static.pt").unlink()
+        _, out = self.export("--model", "own_export_models:tiny", "--input-shape", "4", "--format", "int8-static")
+        self.assertIn("calibrated on noise\n", out)
+
     def test_our_models_need_no_torchvision(self) -> None:
         self.patch(mock.patch.dict(sys.modules, {name: None for name in sys.modules if name.startswith("torchvision")},
                                    torchvision=None))  # fmt: skip
@@ -387,6 +406,10 @@ class Sources(ExportCase):
         argv = ["--checkpoint", str(HOME / "best.pt"), "--output", str(self.output), "--format", "torchscript"]
         with mock.patch.object(broken, "run_fresh", run_here):
             self.assertEqual(run_main(broken.main, *argv)[0], 0)
+
+    def test_a_reader_that_has_gone_is_no_failed_format(self) -> None:
+        with mock.patch.object(script, "export_one", side_effect=BrokenPipeError), self.assertRaises(BrokenPipeError):
+            script.main(["--checkpoint", str(HOME / "best.pt"), "--output", "gone"])
 
     def test_a_file_that_exists_is_not_overwritten(self) -> None:
         self.output.mkdir()

@@ -205,6 +205,11 @@ class Files(ScriptCase):
         self.assertEqual(head.split(), ["image", "class", "confidence", "runners-up"])
         self.assertEqual(row.split(maxsplit=3), [str(self.digit), self.label, f"{float(shares[0]):.2%}", runners])
 
+    def test_the_class_column_is_as_wide_as_the_longest_class_name(self) -> None:
+        for classes in (tuple("abcdefghij"), FASHION, tuple(letter * 30 for letter in "abcdefghij")):
+            head, row = self.main("--checkpoint", self.save("wide.pt", classes=classes), self.digit)[1].splitlines()
+            self.assertEqual(head.index("confidence") + len("confidence"), row.index("%") + 1)
+
     def test_probabilities_are_those_of_plain_pytorch(self) -> None:
         paths = [self.folder / f"{i}.png" for i in range(5)]
         for path, digit in zip(paths, DIGITS, strict=False):

@@ -301,23 +301,16 @@ class Run(ScriptCase):
         trainer = types.SimpleNamespace(step=0, evaluated_model=compiled)
         script.tensorboard_callback(types.SimpleNamespace(path=self.folder), trainer, [(torch.zeros(2, 1, 28, 28),)])
 
-    def test_the_result_names_all_classes_or_the_worst_three_when_all_are_above_99_percent_and_advises(self) -> None:
+    def test_the_result_ends_with_the_classes_the_advice_and_the_notice(self) -> None:
         result = {"best_epoch": 1, "epochs_run": 1, "best_val_accuracy": 1.0, "test_accuracy": 1.0, "test_loss": 0.0,
                   "stopped_because": "all done", "train_seconds": 1.0}  # fmt: skip
-        report = types.SimpleNamespace(info={"notice": "drawn"}, advice=lambda: ["Train\x1b[2J longer."])
-        args = script.parse_args([*SMALL, "--dry-run"])
-        for worst, line in ((0.98, "by class: a 99.5%  b 98.0%  c 99.1%  d 99.3%"),
-                            (0.995, "by class: c 99.1%  d 99.3%  a 99.5%  (the lowest)")):  # fmt: skip
-            shares = {"a": 0.995, "b": worst, "c": 0.991, "d": 0.993}
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                script.print_result(args, result | {"accuracy_by_class": shares}, report)
-            lines = out.getvalue().splitlines()
-            self.assertEqual((lines[3], lines[6:]), (line, ["advice: Train\\x1b[2J longer.", "drawn"]))
-        shares = {str(i): 0.98 for i in range(10)}
+        judgement = types.SimpleNamespace(by_class_lines=lambda: ["by class: a 98.0%"])
+        advice = ["Train\x1b[2J longer."]
+        report = types.SimpleNamespace(info={"notice": "drawn"}, advice=lambda: advice, judgement=judgement)
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            script.print_result(args, result | {"accuracy_by_class": shares}, report)
-        self.assertIn("by class: 0 98.0%  1 98.0%  2 98.0%  3 98.0%  4 98.0%\n          5 98.0%  6 ", out.getvalue())
-        self.assertLessEqual(max(map(len, out.getvalue().splitlines())), 60)
+            script.print_result(script.parse_args([*SMALL, "--dry-run"]), result, report)
+        lines = out.getvalue().splitlines()
+        self.assertEqual((lines[3], lines[6:]), ("by class: a 98.0%", ["advice: Train\\x1b[2J longer.", "drawn"]))
 
     def test_a_run_that_is_interrupted_or_fails_says_so_in_its_report_until_it_goes_on(self) -> None:
         run = self.run_interrupted("a", 13)
@@ -523,6 +516,17 @@ class BadInput(ScriptCase):
         self.assertEqual(code, 1)
         self.assertRegex(err, r"warning: Error detected in MulBackward0.* in with_nan_gradient .*torch.sqrt\(outputs")
         self.assertIn("error: RuntimeError: Function 'MulBackward0' returned nan", err)
+
+
+class Load(unittest.TestCase):
+    def test_the_threads_that_would_be_faster_are_named_while_others_use_the_cores(self) -> None:
+        cases = {(2, 0.1): "", (2, 1.0): "other programs use 1.0 of 2 cores; --threads 1", (1, 1.0): ""}
+        for (threads, busy), expected in cases.items():
+            args = types.SimpleNamespace(threads=threads)
+            with mock.patch("os.cpu_count", return_value=2), contextlib.redirect_stdout(io.StringIO()) as out:
+                script.print_load(args, busy)
+            self.assertIn(expected, out.getvalue())
+            self.assertEqual(out.getvalue() == "", expected == "")
 
 
 class Help(unittest.TestCase):

@@ -53,6 +53,7 @@ th, td { padding: 3px 6px; text-align: right; border-bottom: 1px solid #8884; ve
 th:first-child, .settings td { text-align: left } .settings td { overflow-wrap: anywhere }
 table bdi, figure bdi { display: inline-block; max-width: min(11em, 20vw); overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; vertical-align: bottom }
+table th:first-child bdi { max-width: min(11em, 34vw) }
 .confusion td, .confusion thead th { min-width: 2.2em; padding: 3px 1px; text-align: center; vertical-align: bottom }
 .confusion td { font-size: 12px } .upright thead bdi { writing-mode: vertical-rl; max-height: 8em }
 </style>
@@ -60,7 +61,7 @@ table bdi, figure bdi { display: inline-block; max-width: min(11em, 20vw); overf
 
 
 class Judgement:
-    """How a classifier did on a set of images: the counts, and the mistakes of which it was surest.
+    """The results of a classifier on a test set: its counts, and its most confident mistakes.
 
     Args:
         outputs: logits or log-probabilities, float (N, C).
@@ -69,7 +70,7 @@ class Judgement:
         images: `images[i]` is sample i: (C, H, W), uint8, or float as the model takes it; or a pair (image, label).
 
     Attributes: `confusion`, int64 (C, C), rows true and columns predicted; `count`, `correct`, `accuracy`, `interval`
-    (its 95% interval); `mistakes`, the 24 surest, as (true class, predicted class, its probability, image).
+    (its 95% interval); `mistakes`, the 24 most confident, as (true class, predicted class, its probability, image).
     """
 
     def __init__(self, outputs: Tensor, targets: Tensor, classes: Sequence[str], images: Any = None) -> None:
@@ -87,8 +88,9 @@ class Judgement:
             self.mistakes.append((true, taken, float(confidence[i]), None if images is None else images[i]))
 
     def write(self, path: str | Path, title: str, info: Mapping[str, Any]) -> None:
-        """Write a page with what a Report shows of a judgement. `info` may have "dataset", "mean" and "std"."""
-        write_page(Path(path), title, [f"<p class=verdict>{text(accuracy_of(self, info))}.</p>", judged(self, info)])
+        """Write a page with the accuracy, the tables and the mistakes. `info` may have "dataset", "mean" and "std"."""
+        verdict = f"<p class=verdict>{text(accuracy_of(self, info))}.</p>"
+        write_page(Path(path), title, [verdict, judgement_html(self, info)])
 
     def by_class(self) -> list[dict[str, Any]]:
         """Return for each class a row: name, support, predictions, hits, and recall (NaN without support)."""
@@ -100,8 +102,24 @@ class Judgement:
             rows.append({"name": name, "support": support, "predictions": predictions, "hits": hits, "recall": recall})
         return rows
 
+    def by_class_lines(self) -> list[str]:
+        """Return lines with the recall of each class, or of the lowest three if there are many or all are high."""
+        rows = [row for row in self.by_class() if row["support"]]
+        lowest = sorted(rows, key=lambda row: row["recall"])
+        shown = lowest[:3] if len(rows) > 20 or lowest[0]["recall"] > 0.99 else rows
+        entries = [f"{printable(row['name'])} {row['recall']:.1%}" for row in shown]
+        if len(shown) < len(rows):
+            entries.append("(the lowest)")
+        lines = [f"by class: {entries[0]}"]
+        for entry in entries[1:]:
+            if len(f"{lines[-1]}  {entry}") <= 60:
+                lines[-1] += f"  {entry}"
+            else:
+                lines.append(f"          {entry}")
+        return lines
+
     def worst_first(self) -> list[int]:
-        """Return the indices of the classes, the lowest recall first, classes without an image last."""
+        """Return the indices of the classes, the lowest recall first, classes without a sample last."""
         return (self.confusion.diagonal() / self.confusion.sum(1)).argsort(stable=True).tolist()  # NaN is last
 
     def worst_pairs(self, number: int = 3) -> list[tuple[str, str, int, float]]:
@@ -115,35 +133,36 @@ class Judgement:
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """Return the 95% interval of a share, from 0 to 1, that was `correct` of `count` (Wilson, 1927)."""
+    """Return the 95% interval, within 0 to 1, of the share `correct` / `count` (Wilson, 1927)."""
     z, mean = 1.959964, correct / count
     middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def advice(history: Mapping[str, Sequence[Any]], judgement: Judgement | None = None) -> list[str]:
-    """Return what to do next, in sentences, where the curves of a finished training call for it."""
-    if judgement and judgement.interval[0] <= int(judgement.confusion.sum(1).max()) / judgement.count:
-        return ["The model does no better than one that always names the most frequent class: "
-                "train longer or change the rate, and look whether images and labels belong together."]  # fmt: skip
+def advice(history: Mapping[str, Sequence[Any]], judgement: Judgement | None = None, val_count: int = 0) -> list[str]:
+    """Return advice on a finished training, in sentences. `val_count` is the number of validation targets."""
     found = advice_on_curves(history)
+    if judgement is None:
+        return found
+    most_frequent = int(judgement.confusion.sum(1).max()) / judgement.count
+    if judgement.accuracy <= most_frequent < 1:
+        return ["The model does no better than one that always names the most frequent class: "
+                "train longer or change the rate, and look whether samples and labels belong together."]  # fmt: skip
     best = max(filter(is_finite, history.get("val_acc", ())), default=0.0)
-    if best == 1 or (judgement and best > judgement.interval[1] + 0.02):
-        test = f", the test's is {judgement.accuracy:.2%}" if judgement else ""
-        found.append(f"Validation accuracy ({best:.2%}) is too good to be true{test}: "
-                     "is a validation image also in the training set, perhaps as a near copy?")  # fmt: skip
-    if judgement:
-        worst = judgement.by_class()[judgement.worst_first()[0]]
-        if wilson_interval(worst["hits"], worst["support"])[1] < judgement.accuracy - 0.05:
-            found.append(f"Class {worst['name']} is far behind the others: {worst['recall']:.1%} of its "
-                         f"{worst['support']:,} images are right. Look at its mistakes; more of its images would help."
-                         )  # fmt: skip
+    if val_count and wilson_interval(round(best * val_count), val_count)[0] > judgement.interval[1] + 0.02:
+        found.append(f"Validation accuracy ({best:.2%}) is too good to be true, the test's is {judgement.accuracy:.2%}:"
+                     " is a validation sample also in the training set, perhaps as a near copy?")  # fmt: skip
+    worst = judgement.by_class()[judgement.worst_first()[0]]
+    if wilson_interval(worst["hits"], worst["support"])[1] < judgement.accuracy - 0.05:
+        found.append(f"Class {worst['name']} is far behind the others: {worst['recall']:.1%} of its "
+                     f"{worst['support']:,} samples are right. Look at its mistakes; more of its samples would help."
+                     )  # fmt: skip
     return found
 
 
 def advice_on_curves(history: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Return whether the training overfits, underfits or should be longer. Less than three epochs say nothing."""
+    """Return advice if the training overfits, underfits or should be longer. It needs at least three epochs."""
     training, validation = history.get("train_loss", ()), history.get("val_loss", ())
     last = len(validation) - 1
     if last < 2 or not all(map(is_finite, [*training, *validation])):
@@ -154,11 +173,13 @@ def advice_on_curves(history: Mapping[str, Sequence[Any]]) -> list[str]:
         return [f"The model overfits: since epoch {best + 1} validation loss rose from {low:.4g} to "
                 f"{validation[last]:.4g} while training loss fell from {training[best]:.4g} to {training[last]:.4g}. "
                 "More data, augmentation, dropout, weight decay or fewer epochs help."]  # fmt: skip
+    train_acc, val_acc = history["train_acc"][last], history["val_acc"][last]
+    if val_acc == 1:
+        return []
     if validation[last] < 0.95 * min(validation[:last]):
         return ["Validation was still improving at the last epoch: more epochs would probably help."]
-    reached, judged = history["train_acc"][last], history["val_acc"][last]
-    if None not in (reached, judged) and reached < 0.9 and judged > reached - 0.02:
-        return [f"The model underfits: its accuracy is only {reached:.1%} on the training data themselves. "
+    if None not in (train_acc, val_acc) and train_acc < 0.9 and val_acc > train_acc - 0.02:
+        return [f"The model underfits: its accuracy is only {train_acc:.1%} on the training data themselves. "
                 "More epochs, a larger model, a higher rate, or less dropout and augmentation help."]  # fmt: skip
     return []
 
@@ -173,15 +194,15 @@ class Report:
     """The page of one run: `report.html` in `folder`, written atomically."""
 
     folder: Path  # the directory of the run
-    info: Mapping[str, Any]  # what is known of the run (see above); read anew at each write
-    trainer: Any  # a Trainer, to whose `on_epoch_end` the report adds itself
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # the script's options: those that differ come first
+    info: Mapping[str, Any]  # facts about the run (see above); read anew at each write
+    trainer: Any  # a Trainer; the report adds itself to its `on_epoch_end`
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of the options to show; those that differ come first
     samples: tuple[Tensor, Tensor] | None = None  # a batch (images, labels) as the network sees it, to show a row of it
-    launcher: str = "python"  # what starts the script, as "torchrun --nproc-per-node=2"
+    launcher: str = "python"  # starts the script, such as "torchrun --nproc-per-node=2"
     judgement: Judgement | None = None
     state: str = "running"  # or finished, interrupted, failed
-    reason: str = ""  # of an end before time
-    written: float = 0.0  # when, by time.monotonic()
+    reason: str = ""  # why the run ended early
+    written: float = 0.0  # time.monotonic() of the last write
 
     def __post_init__(self) -> None:
         self.path = self.folder / "report.html"
@@ -208,8 +229,11 @@ class Report:
             self.write()
 
     def advice(self) -> list[str]:
-        """Return what to do next, if the training is finished."""
-        return advice(self.trainer.history, self.judgement) if self.state == "finished" else []
+        """Return advice for the next training, once this one is finished."""
+        if self.state != "finished":
+            return []
+        val_count = int(self.trainer.validation_means.sums.get("acc", (0, 0))[1])  # 0 if this process validated nothing
+        return advice(self.trainer.history, self.judgement, val_count)
 
     def write(self) -> None:
         """Write the page as things stand."""
@@ -219,7 +243,7 @@ class Report:
             note(self.reason, f"{self.state.capitalize()}: "),
             *[note(line, "Advice: ") for line in self.advice()],
             curves(self.trainer.history, self.trainer.best_epoch),
-            judged(self.judgement, self.info) if self.judgement else "",
+            judgement_html(self.judgement, self.info) if self.judgement else "",
             self.training_images(),
             self.settings(),
         ]
@@ -246,7 +270,7 @@ class Report:
         return "; ".join([line, *figures]) + "."
 
     def training_images(self) -> str:
-        """Return a row of at most 12 training images, nothing if the samples are no images."""
+        """Return a row of at most 12 training images, nothing if the samples are not images."""
         if self.samples is None or not isinstance(self.samples[0], Tensor) or self.samples[0].dim() != 4:
             return ""  # no images
         images, labels = self.samples
@@ -282,6 +306,9 @@ class Report:
         if "--output" in words:  # a run never overwrites another
             at = words.index("--output")
             del words[at : at + 2]
+        threads = self.info.get("options", {}).get("threads")
+        if threads and not any(word.split("=")[0] == "--threads" for word in words):  # their number changes last digits
+            words += ["--threads", str(threads)]
         return [
             "# repeat it: the same figures and weights come out, or diff shows from where on they differ",
             f"{self.launcher} {shlex.join(words)} --output {run}-again",
@@ -311,7 +338,7 @@ def text(value: object) -> str:
 
 def note(value: str | None, kind: str = "") -> str:
     """Return a highlighted paragraph, nothing without a value."""
-    return f"<p class=note><b>{kind}</b>{text(value)}</p>" if value else ""
+    return f"<p class=note><b>{kind}</b>{'<br>'.join(map(text, value.splitlines()))}</p>" if value else ""
 
 
 def bdi(name: object) -> str:
@@ -322,8 +349,9 @@ def bdi(name: object) -> str:
 def accuracy_of(judgement: Judgement, info: Mapping[str, Any]) -> str:
     """Return the accuracy and its interval in words."""
     low, high = judgement.interval
-    images = f"{judgement.count:,} {info.get('dataset', '')} test images"
-    return f"{judgement.accuracy:.2%} (95% interval {low:.2%} to {high:.2%}) of {images} are classified correctly"
+    kind = "images" if "mean" in info else "samples"
+    samples = f"{judgement.count:,} {info.get('dataset', '')} test {kind}"
+    return f"{judgement.accuracy:.2%} (95% interval {low:.2%} to {high:.2%}) of {samples} are classified correctly"
 
 
 def table(head: str, rows: Iterable[str], kind: str = "") -> str:
@@ -401,10 +429,10 @@ def ticks(low: float, high: float) -> list[float]:
     return [float(f"{number * step:.10g}") for number in range(first, last + 1)]
 
 
-def judged(judgement: Judgement, info: Mapping[str, Any]) -> str:
+def judgement_html(judgement: Judgement, info: Mapping[str, Any]) -> str:
     """Return the confusion matrix, the figures by class and the worst mistakes."""
     pairs = [
-        f"{bdi(true)} was taken for {bdi(taken)} ({times:,} times, {part:.1%} of its images)"
+        f"{bdi(true)} was taken for {bdi(taken)} ({times:,} times, {part:.1%} of its samples)"
         for true, taken, times, part in judgement.worst_pairs()
     ]
     images = [
@@ -414,25 +442,29 @@ def judged(judgement: Judgement, info: Mapping[str, Any]) -> str:
     number = f"{len(images)} of {judgement.count - judgement.correct:,}"
     about = f"{number}: true → predicted class, and the model's confidence in it."
     return f"""<div class=row><div><h2>What is confused</h2>
-<p>{"<br>".join(pairs) or "No image was taken for another class"}</p>{confusion_table(judgement)}
-<p class=dim>Rows: true class, columns: predicted class; of many classes, the 20 with the lowest recall.
-The shade grows with the share of the row.</p></div>
+<p>{"<br>".join(pairs) or "No sample was taken for another class"}</p>{confusion_table(judgement)}
+<p class=dim>Rows: true class, columns: predicted class. With more than 20 classes, only 20 are shown:
+those named above, then those with the lowest recall. The shade grows with the share of the row.</p></div>
 <div><h2>By class, the lowest recall first</h2>{class_table(judgement)}
-<p class=dim>Precision: of the images given to a class, the share that belongs to it.<br>
-Recall: of its images, the share that was given to it. F1: their harmonic mean.<br>Small print: 95% intervals.</p>
+<p class=dim>Precision: of the samples given to a class, the share that belongs to it.<br>
+Recall: of its samples, the share that was given to it. F1: their harmonic mean.<br>Small print: 95% intervals.</p>
 </div></div>{gallery("The worst mistakes", about, images, info)}"""
 
 
 def confusion_table(judgement: Judgement) -> str:
-    """Return the counts of true (rows) and predicted classes: of all, or of the 20 with the lowest recall."""
-    shown = sorted(judgement.worst_first()[:20])
+    """Return the counts of true (rows) and predicted classes.
+
+    With more than 20 classes it shows those of the worst pairs, then those with the lowest recall, 20 in all.
+    """
+    of_pairs = [judgement.classes.index(name) for pair in judgement.worst_pairs() for name in pair[:2]]
+    shown = sorted(list(dict.fromkeys(of_pairs + judgement.worst_first()))[:20])
     names = [bdi(judgement.classes[i]) for i in shown]
     rows = []
     for i, name in zip(shown, names, strict=True):
         row, support = f"<th>{name}</th>", int(judgement.confusion[i].sum())
         for j in shown:
             times, color = int(judgement.confusion[i, j]), "46 160 67" if i == j else "229 64 58"  # green or red
-            shade = 0.55 * math.sqrt(times / max(support, 1))  # the root, so that a few mistakes can be seen too
+            shade = 0.1 + 0.45 * math.sqrt(times / support) if times else 0.0  # a few mistakes can be seen too
             row += f'<td style="background:rgb({color}/{shade:.2f})">{times or "·"}</td>'
         rows.append(row)
     head = f"<td></td><th>{'</th><th>'.join(names)}</th>"
@@ -454,7 +486,7 @@ def class_table(judgement: Judgement) -> str:
         name, support, predictions, hits, _ = classes[i].values()
         cells = cell(hits, predictions) + cell(hits, support) + cell(hits, support + predictions - hits, of_f1=True)
         rows.append(f"<th>{bdi(name)}</th><td>{support:,}</td>{cells}")
-    return table("<th>class</th><th>images</th><th>precision</th><th>recall</th><th>F1</th>", rows)
+    return table("<th>class</th><th>samples</th><th>precision</th><th>recall</th><th>F1</th>", rows)
 
 
 def gallery(heading: str, about: str, images: Iterable[tuple[Any, str]], info: Mapping[str, Any]) -> str:
@@ -470,7 +502,7 @@ def gallery(heading: str, about: str, images: Iterable[tuple[Any, str]], info: M
 def picture(image: Tensor, info: Mapping[str, Any]) -> str:
     """Return an image (C, H, W) for a page, at least 56 pixels wide and high and not much above 112.
 
-    uint8 is shown as it is; of floats the normalisation by info["mean"] and info["std"] is undone.
+    Show uint8 as it is. Undo the normalisation of floats by info["mean"] and info["std"].
     """
     from PIL import Image  # loading it takes longer than writing the page
 
