@@ -65,8 +65,8 @@ def types_spacing(device: torch.device) -> None:
     def stored(value: float, dtype: torch.dtype) -> float:
         return torch.tensor(value, dtype=dtype, device=device).item()
 
-    show([stored(v, torch.float16) for v in (2049.0, 65520.0, 2.0**-25)], [2048.0, math.inf, 0.0])
-    show([stored(v, torch.bfloat16) for v in (257.0, 65520.0, 2.0**-25)], [256.0, 65536.0, 2.0**-25])
+    show([stored(v, torch.float16) for v in (2049.0, 65520.0, 2.0**-25)], [2048.0, math.inf, 0.0], rtol=0, atol=0)
+    show([stored(v, torch.bfloat16) for v in (257.0, 65520.0, 2.0**-25)], [256.0, 65536.0, 2.0**-25], rtol=0, atol=0)
     show(stored(0.1, torch.float16), struct.unpack("e", struct.pack("e", 0.1))[0], rtol=0, atol=0)
     small = torch.tensor(1 / 4096, device=device)
     sums = []
@@ -209,7 +209,8 @@ def training_memory(device: torch.device) -> None:
 
     def kept_bytes(precision: str) -> int:
         with autocast(device, precision):
-            estimate = tb.MemoryTracker.estimate_model_memory(model, None, (256, 32))
+            estimate = tb.MemoryTracker.estimate_model_memory(
+                model, None, (256, 32))
         return estimate["activations"]
 
     # The output of the ReLU is kept, and the scores.

@@ -118,8 +118,8 @@ def off_no_grad() -> None:
         show((w * 2).requires_grad, False)
         w -= 0.5
     show(w, [0.5, 0.5])
-    # Outside no_grad the same change is an error (sub_ is -= as a function). A leaf
-    # is a tensor made directly, not computed from others.
+    # Outside no_grad the same change is an error (sub_ is -= as a function).
+    # A leaf is a tensor made directly, not computed from others.
     show_error(lambda: w.sub_(0.5), RuntimeError, "leaf Variable that requires grad")
 
     @torch.no_grad()  # for a whole function

@@ -41,6 +41,7 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
 import torchbasics as tb
+from torchbasics import cli
 from torchbasics.demo import Sections, show, show_error, skip
 
 section = Sections(__doc__)
@@ -163,8 +164,9 @@ def loader_num_workers() -> None:
     show(index, [0, 1, 2, 3, 4, 5, 6, 7])
     show(worker, [0, 0, 1, 1, 0, 0, 1, 1])
     show((len(process.unique()), os.getpid() in process), (2, False))
-    # On macOS and Windows, workers are new processes that import the script and
-    # get the dataset pickled, so it must not hold a lambda.
+    # On macOS, Windows, and from Python 3.14 on also on Linux, workers are new
+    # processes that import the script and get the dataset pickled, so it must
+    # not hold a lambda.
     dataset = Squares(4, transform=lambda x: -x)
     show_error(lambda: pickle.dumps(dataset), Exception, "local object")
 
@@ -237,11 +239,13 @@ def loader_pin_memory() -> None:
     show(plain.is_pinned(), False)
     if not torch.cuda.is_available():
         skip("needs a CUDA GPU; pin_memory was not run")
-    pinned, _ = next(iter(DataLoader(Squares(4), batch_size=4, pin_memory=True)))
+    loader = DataLoader(Squares(4), batch_size=4, pin_memory=True)
+    pinned, _ = next(iter(loader))
     show((pinned.is_pinned(), pinned), (True, [0.0, 1.0, 2.0, 3.0]))
     # non_blocking=True returns at once. 256 MB each:
     source = torch.ones(64_000_000)
-    for name, memory in {"plain": source, "pinned": source.pin_memory()}.items():
+    memories = {"plain": source, "pinned": source.pin_memory()}
+    for name, memory in memories.items():
         for _ in range(3):  # the last one counts
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -468,8 +472,14 @@ def transforms_pipelines() -> None:
     """Training augments, evaluation does not. Sizes and constants are the same."""
     train = tb.get_transforms(train=True)
     evaluation = tb.get_transforms(train=False)
-    for pipeline in (train, evaluation):
-        print(*[type(step).__name__ for step in pipeline.transforms])
+    augment = ["RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter"]
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
+    for pipeline, steps in ((train, augment),
+                            (evaluation, ["Resize", "CenterCrop"])):
+        names = [type(step).__name__ for step in pipeline.transforms]
+        show(names, ["ToImage", *steps, "ToDtype", "Normalize"])
+        last = pipeline.transforms[-1]
+        show((last.mean, last.std), (mean, std))
     image = torch.randint(0, 256, (3, 48, 60), dtype=torch.uint8)
     show((train(image).shape, train(image).dtype), ((3, 224, 224), torch.float32))
     show(torch.equal(train(image), train(image)), False)
@@ -480,8 +490,7 @@ def transforms_pipelines() -> None:
     resized = F.interpolate(image[None].float(), (256, 320), mode="bilinear",
                             antialias=True)[0]
     middle = resized[:, 16 : 16 + 224, 48 : 48 + 224] / 255
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean, std = torch.tensor([mean, std]).view(2, 3, 1, 1)
     # pixels are rounded to 1 / 255 in between, and then divided by 0.224
     show((result - (middle - mean) / std).abs().max(), 0.0, atol=1.02 / 255 / 0.224)
 
@@ -601,17 +610,17 @@ def speed_tensor_loader(device: torch.device) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the lessons that the arguments name and return the exit code."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--output", type=Path)
+    parser = cli.Parser(add_help=False)
+    parser.add_argument("--data-dir", type=cli.path_argument, default="data")
+    parser.add_argument("--output", type=cli.path_argument)
     own, rest = parser.parse_known_args(argv)
-    folders.data = own.data_dir
+    folders.data = Path(own.data_dir)
     with tempfile.TemporaryDirectory() as temporary:
-        folders.output = own.output or Path(temporary)
+        folders.output = Path(own.output or temporary)
         try:
             folders.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            print(f"error: --output: {folders.output}: {error.strerror}; name another folder", file=sys.stderr)
+            cli.print_error(f"error: --output: {folders.output}: {error.strerror}; name another folder")
             return 2
         return section.run(rest)
 

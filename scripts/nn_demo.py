@@ -43,8 +43,8 @@ def layer_linear() -> None:
     with torch.no_grad():  # set them by hand, to know what comes out
         layer.weight.copy_(torch.tensor([[1.0, 0.0, -1.0], [2.0, 1.0, 0.0]]))
         layer.bias.copy_(torch.tensor([10.0, 20.0]))
-    # Each row of a batch is a sample and is treated alone.
-    x = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])  # (B, 3): a batch of B samples
+    # Each of the B rows of a batch is a sample and is treated alone.
+    x = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])  # (B, 3)
     # 1 - 3 + 10 and 2 + 2 + 20, then 2 - 6 + 10 and 4 + 4 + 20
     show(layer(x), [[8.0, 24.0], [6.0, 28.0]])
     # 3 weights and a bias for each of the 2 outputs
@@ -196,27 +196,34 @@ def optimizer_steps() -> None:
     """An optimizer changes the weights by their gradients, to lower the loss.
 
     SGD steps against the gradient: w - lr * g. Momentum adds 0.9 times the last
-    step. Adam, RMSprop and Adagrad divide the gradient by its usual size, so
-    their steps are about lr. Adam, with its lr of 1e-3, is the usual start."""
+    step. Adam, RMSprop and Adagrad divide the gradient by its usual size. Adam's
+    steps are about lr. RMSprop's mean starts at 0, so that its first step is ten
+    times lr. Adam, with its lr of 1e-3, is the usual start."""
 
     def descend(optimizer_class: type, **options) -> nn.Parameter:
         w = nn.Parameter(torch.zeros(2))
         optimizer = optimizer_class([w], lr=0.1, **options)
-        for _ in range(3):
-            w.grad = torch.tensor([1.0, -1000.0])  # as backward() would set it
+        for slope in (1, 2):  # in place of backward()
+            w.grad = slope * torch.tensor([1.0, -1000.0])
             optimizer.step()
         return w
 
     show(descend(torch.optim.SGD), [-0.3, 300.0])
-    way = 0.1 + 0.19 + 0.271  # 0.1 + 0.9 * 0.1, then 0.1 + 0.9 * 0.19
+    way = 0.1 + (0.9 * 0.1 + 0.2)
     show(descend(torch.optim.SGD, momentum=0.9), [-way, 1000 * way])
     # Adam: running means of g and of g * g, made up for their start at 0
-    show(descend(torch.optim.Adam), [-0.3, 0.3])
-    # RMSprop: of g * g only, from 0: (1 - 0.99**t) * g * g after t steps
-    way = sum(0.1 / math.sqrt(1 - 0.99**t) for t in (1, 2, 3))
+    mean = (0.9 * 0.1 * 1 + 0.1 * 2) / (1 - 0.9**2)
+    square = (0.999 * 0.001 * 1 + 0.001 * 4) / (1 - 0.999**2)
+    second = 0.1 * mean / math.sqrt(square)  # the first step is 0.1
+    show(descend(torch.optim.Adam), [-0.1 - second, 0.1 + second])
+    # AdamW: the same, and each step takes lr * 0.01 of the weight
+    way = 0.1 * (1 - 0.1 * 0.01) + second
+    show(descend(torch.optim.AdamW), [-way, way])
+    # RMSprop: the running mean of g * g, from 0
+    way = 0.1 / math.sqrt(0.01) + 0.2 / math.sqrt(0.99 * 0.01 + 0.01 * 4)
     show(descend(torch.optim.RMSprop), [-way, way])
-    # Adagrad: the sum, t * g * g after t steps, so it slows down
-    way = sum(0.1 / math.sqrt(t) for t in (1, 2, 3))
+    # Adagrad: the sum of g * g, so it slows down
+    way = 0.1 / math.sqrt(1) + 0.2 / math.sqrt(1 + 4)
     show(descend(torch.optim.Adagrad), [-way, way])
 
 
@@ -227,9 +234,9 @@ def optimizer_decay() -> None:
     SGD and Adam add decay * w to the gradient. Adam then divides by its size,
     so any decay pulls alike. AdamW shrinks the weight itself."""
 
-    def step(optimizer: type, decay: float) -> float:
+    def step(optimizer: type, decay: float, gradient: float = 0.0) -> float:
         w = torch.tensor(2.0, requires_grad=True)
-        w.grad = torch.zeros_like(w)  # so that nothing but the decay acts
+        w.grad = torch.tensor(gradient)  # 0: nothing but the decay acts
         optimizer([w], lr=0.1, weight_decay=decay).step()
         return w.item()
 
@@ -237,6 +244,8 @@ def optimizer_decay() -> None:
     show(step(torch.optim.Adam, 0.5), 2 - 0.1, rtol=1e-6)
     show(step(torch.optim.Adam, 0.01), 2 - 0.1, rtol=1e-6)  # the same
     show(step(torch.optim.AdamW, 0.01), 2 * (1 - 0.1 * 0.01), rtol=1e-6)
+    # Adam's first step of lr comes on top, whatever the gradient's size.
+    show(step(torch.optim.AdamW, 0.01, gradient=5.0), 2 * (1 - 0.1 * 0.01) - 0.1, rtol=1e-6)
 
 
 @section("optimizer.lbfgs", "N5")
@@ -337,6 +346,8 @@ def train_one_batch(device: torch.device) -> None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             schedule.step()
+        for problem, where in monitor.problems.items():
+            print(f"{problem}, first in {where}")
         learnt = torch.equal(model(x).argmax(1), y)
         return learnt, "too high" in monitor.problems
 
@@ -467,6 +478,8 @@ def layer_dropout() -> None:
     maps = nn.Dropout2d(0.5)(torch.ones(8, 16, 3, 3))
     show(maps.flatten(2).unique(dim=2).shape, (8, 16, 1))
     show(maps.unique(), [0.0, 2.0])
+    # each of the 8 images loses other channels
+    show(len(maps[:, :, 0, 0].unique(dim=0)), 8)
 
 
 @section("layer.embedding", "N1")
@@ -538,12 +551,14 @@ def layer_recurrent() -> None:
 
     gru = nn.GRU(4, 3, batch_first=True)  # three gates, and no cell
     show(tb.count_parameters(gru), 3 * gate)
-    for parameter in gru.parameters():
-        nn.init.zeros_(parameter)
-    # The gates are sigmoid(0) = 1/2 now: each step keeps half of the state,
-    # which is 1 at the start.
-    output, _ = gru(x, torch.ones(1, 2, 3))
-    show(output[0, :, 0], [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32])
+    h = torch.zeros(2, 3)
+    for t in range(5):
+        inputs = x[:, t] @ gru.weight_ih_l0.T + gru.bias_ih_l0
+        states = h @ gru.weight_hh_l0.T + gru.bias_hh_l0
+        reset, keep = (inputs + states)[:, :6].sigmoid().chunk(2, dim=1)
+        new = (inputs[:, 6:] + reset * states[:, 6:]).tanh()
+        h = keep * h + (1 - keep) * new
+    show(gru(x)[0][:, -1], h)
 
 
 @section("model.package", "N2")
@@ -559,7 +574,9 @@ def model_package() -> None:
         return m * (n * 3 * 3 + 1) + 2 * m  # 3 * 3 kernels, and a BatchNorm
 
     def check(model: nn.Module, *size: int) -> tuple[int, torch.Size]:
-        return tb.count_parameters(model), model(torch.zeros(2, *size)).shape
+        # two samples, whose logits must differ: unique drops equal rows
+        logits = model(torch.randn(2, *size)).unique(dim=0)
+        return tb.count_parameters(model), logits.shape
 
     size = linear(784, 30) + linear(30, 20) + linear(20, 10)
     show(check(tb.NeuralNetwork(784, 10), 784), (size, (2, 10)))
@@ -568,8 +585,18 @@ def model_package() -> None:
     show(check(tb.MLP(784, 16, 10), 784), (size, (2, 10)))
     size = linear(784, 128) + linear(128, 64) + linear(64, 10)
     show(check(tb.SimpleNet(), 1, 28, 28), (size, (2, 10)))
+    model = tb.SimpleNet()
+    print(model)
+    names = [name for name, _ in model.named_parameters()]
+    layers = ("hidden.0", "hidden.1", "output")
+    show(names, [f"{layer}.{p}" for layer in layers for p in ("weight", "bias")])
+    x = torch.randn(2, 1, 28, 28)
+    units = model.hidden[0](x.flatten(1)).relu()  # (B, 128)
+    units = model.hidden[1](units).relu()  # (B, 64)
+    show((model(x) - model.output(units)).abs().max(), 0.0)
     # two poolings leave 7 * 7 pixels, in 64 channels
-    size = conv(1, 32) + conv(32, 64) + linear(64 * 7 * 7, 128) + linear(128, 10)
+    size = conv(1, 32) + conv(32, 64)
+    size += linear(64 * 7 * 7, 128) + linear(128, 10)
     show(check(tb.CNN(), 1, 28, 28), (size, (2, 10)))
     size = conv(1, 32) + conv(32, 32) + conv(32, 64) + conv(64, 64)
     size += linear(64 * 7 * 7, 256) + linear(256, 10)
@@ -670,8 +697,9 @@ def train_overfitting(device: torch.device) -> None:
                                 device=device, augment=augment)
         others = tb.TensorLoader(images[100:], labels[100:], 400, device=device)
         model = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(),
-                              nn.Dropout(dropout), nn.Linear(256, 10)).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=decay)
+                              nn.Dropout(dropout), nn.Linear(256, 10))
+        optimizer = torch.optim.AdamW(model.to(device).parameters(), 3e-3,
+                                      weight_decay=decay)
         trainer = tb.Trainer(model, nn.CrossEntropyLoss(), optimizer, device,
                              early_stopping=stopping)
         trainer.fit(train, others, num_epochs=50, verbose=False)
@@ -752,7 +780,8 @@ def transfer_freeze(device: torch.device) -> None:
     model(images).square().mean().backward()
     optimizer.step()
     after = model.state_dict()
-    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    changed = [name for name, value in after.items()
+               if not torch.equal(value, before[name])]
     show(changed, ["fc.weight", "fc.bias"])
 
 
@@ -780,7 +809,8 @@ def ensemble_mean() -> None:
     show((together.softmax(1) - mean).abs().max(), 0.0, atol=1e-5)
     losses = [F.cross_entropy(output, y).item() for output in outputs]
     loss = F.cross_entropy(together, y).item()
-    print(f"members: {min(losses):.3f} to {max(losses):.3f}, together: {loss:.3f}")
+    print(f"members: {min(losses):.3f} to {max(losses):.3f},",
+          f"together: {loss:.3f}")
     show(loss < min(losses), True)
 
 

@@ -55,7 +55,7 @@ else:
     from torchbasics.evaluation import evaluation_mode, in_float32, to_device
 
 PHASES = ("data", "transfer", "forward", "backward", "optimizer")
-PRODUCTS = re.compile(r"mm|conv|attention|linear|lstm|gru", re.IGNORECASE)  # in the names of operators
+PRODUCTS = re.compile(r"mm|conv|attention|linear|lstm|gru|rnn", re.IGNORECASE)  # in the names of operators
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 REPEATS, WARMUP, TRACED = 3, 3, 3  # timed passes, steps before them, steps in the trace
 BUSY = 0.3  # the spread of equal passes that only other programs explain
@@ -180,13 +180,15 @@ def time_operators(work: Work, batches: Iterator, trace: str | None) -> list[tup
 
 
 def verdict(
-    step: float, bare: float, half: float | None, split: dict[str, float], products: float, try_bf16: bool
-) -> tuple[str, str, str]:
+    step: float, bare: float, half: float | None, split: dict[str, float], products: float,
+    *, try_bf16: bool, try_compile: bool,
+) -> tuple[str, str, str]:  # fmt: skip
     """Return (what bounds the step, the figure that shows it, what to change), by the rules at the top of this file.
 
     `step`, `bare` (without loading) and `half` (of the batch; None if not measured) are seconds, not synchronised.
     `split` has those of each phase, synchronised. `products` is their share of the operators' time.
     """
+    fuse = "--compile, which fuses operators; then " if try_compile else ""
     bf16 = "--precision bf16; then " if try_bf16 else ""
     if bare <= 0.75 * step:
         figure = f"with one batch kept on the device a step takes {bare * 1e3:.2f} ms instead of {step * 1e3:.2f} ms"
@@ -195,11 +197,11 @@ def verdict(
         return "loader", figure, "DataLoader(num_workers=...); then a simpler transform, images stored smaller"
     if half is not None and half >= 0.8 * bare:
         figure = f"half the batch takes {half / bare:.0%} of the time"
-        return "overhead", figure, "--compile, which fuses operators; then twice the --batch-size"
+        return "overhead", figure, f"{fuse}twice the --batch-size"
     figure = f"products, convolutions and attention take {products:.0%} of the operators' time"
     if products >= 0.5:
         return "compute", figure, f"{bf16}a smaller model, smaller images, or a faster device"
-    return "memory-bound", figure, f"--compile, which fuses operators; then {bf16}fewer or smaller activations"
+    return "memory-bound", figure, f"{fuse}{bf16}fewer or smaller activations"
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -378,7 +380,8 @@ def profile_time(work: Work, args: argparse.Namespace, batches: Iterator, batch:
     total = sum(seconds for _, _, seconds in operators) or 1.0
     products = sum(seconds for name, _, seconds in operators if PRODUCTS.search(name)) / total
     try_bf16 = work.precision == "fp32" and bf16_is_native(work.device)
-    bound, figure, change = verdict(step, bare, half, split, products, try_bf16)
+    try_compile = work.device.type != "cpu"  # on a CPU compiled steps are seldom faster
+    bound, figure, change = verdict(step, bare, half, split, products, try_bf16=try_bf16, try_compile=try_compile)
     print(f"bound by: {bound}: {figure}\nchange:   {change}\n")
     print(f"{size / step:,.0f} samples/s; a step takes {step * 1e3:.2f} ms, without loading {bare * 1e3:.2f} ms "
           f"(medians of {REPEATS} passes, not synchronised)")  # fmt: skip

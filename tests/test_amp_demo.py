@@ -48,6 +48,11 @@ class AmpDemo(unittest.TestCase):
         with mock.patch.object(torch, "finfo", lambda dtype: finfo(torch.float32)):
             self.refused("types.range", "found")
 
+    def test_a_small_number_that_becomes_zero_is_refused(self) -> None:
+        tensor = torch.tensor
+        with mock.patch.object(torch, "tensor", lambda value, **to: tensor(value * (value != 2.0**-25), **to)):
+            self.refused("types.spacing", r"stored\(v, torch.bfloat16\) for v in")
+
     def test_autocast_that_casts_nothing_is_refused(self) -> None:
         def nothing(*_: Any, **__: Any) -> Any:
             return contextlib.nullcontext()

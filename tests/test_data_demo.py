@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch.utils.data import Subset
 from torchvision import datasets
+from torchvision.transforms import v2
 
 import torchbasics as tb
 from tests.common import SCRIPTS, run_main
@@ -63,6 +64,8 @@ class DataDemo(unittest.TestCase):
         self.assertLessEqual({"transforms.png", "photos", "damaged"}, {path.name for path in output.iterdir()})
         self.assertIn("kmnist is not here: no network here", out)
         self.assertIn("skipped: not in data and not downloaded: no network here", out)
+        wide = [line for line in out.splitlines() if len(line) > 80 and "written: " not in line]  # paths may be long
+        self.assertEqual(wide, [])
 
     def test_pictures_go_to_a_temporary_folder_by_default(self) -> None:
         code, out = self.run_section("images.folder")
@@ -70,9 +73,18 @@ class DataDemo(unittest.TestCase):
 
     def test_an_output_that_cannot_be_a_folder_is_one_line_and_exit_code_2(self) -> None:
         (self.folder / "file").touch()
-        code, out, err = run_main(demo.main, "--output", str(self.folder / "file" / "below"))
-        self.assertEqual((code, out, err.count("\n")), (2, "", 1))
-        self.assertIn(str(self.folder / "file"), err)
+        for argv, words in (
+            (("--output", str(self.folder / "file" / "below")), str(self.folder / "file")),
+            (("--output", "x" * 100_000), "File name too long"),
+            (("--output", ""), "expected a path"),
+            (("--data-dir=",), "expected a path"),
+            (("--data-dir=--",), "expected a value"),
+        ):
+            with self.subTest(argv):
+                code, out, err = run_main(demo.main, *argv, "--list")
+                self.assertEqual((code, out, err.count("\n")), (2, "", 1))
+                self.assertIn(words, err)
+                self.assertLess(len(err), 200)
 
     def test_a_data_set_is_looked_for_in_data_dir_and_its_constants_are_checked(self) -> None:
         images = torch.zeros(60_000, 1, 28, 28, dtype=torch.uint8)
@@ -110,12 +122,25 @@ class DataDemo(unittest.TestCase):
             (padded, lengths), targets = pad(samples)
             return (padded, lengths.new_full(lengths.shape, padded.shape[1])), targets
 
+        def plain(train: bool) -> Any:
+            pipeline = transforms(train)
+            pipeline.transforms = [step for step in pipeline.transforms if not isinstance(step, v2.ColorJitter)]
+            return pipeline
+
+        def other_constants(train: bool) -> Any:
+            pipeline = transforms(train)
+            if train:
+                pipeline.transforms[-1] = v2.Normalize([0.5] * 3, [0.5] * 3)
+            return pipeline
+
         transforms, iterate, pad = tb.get_transforms, tb.TensorLoader.__iter__, tb.pad_collate
         for owner, name, wrong, section, line in (
             (demo, "random_split", overlapping, "split.random", r"everything == list\(range\(100\)\)"),
             (tb, "split_dataset", overlapping, "split.stratified", "counts"),
             (tb, "pad_collate", unpadded, "collate.padding", r"\(lengths, targets\)"),
             (tb, "get_transforms", lambda train: transforms(True), "transforms.pipelines", "torch.equal"),
+            (tb, "get_transforms", plain, "transforms.pipelines", "names"),
+            (tb, "get_transforms", other_constants, "transforms.pipelines", r"\(last.mean, last.std\)"),
             (tb, "channel_statistics", lambda _: ((0.25,), (0.5,)), "transforms.to_tensor", r"\(mean, std\)"),
             (demo, "get_worker_info", lambda: None, "dataset.iterable", r"\[batch.tolist\(\)"),
             (tb.TensorLoader, "__iter__", slow, "speed.tensor_loader", "speed_up > 10"),

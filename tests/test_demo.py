@@ -313,11 +313,16 @@ class Run(unittest.TestCase):
             (("--sec", "a.right"), "--sec"),  # options are not abbreviated
             (("--device", "cuda:99"), "'cuda:99' is not available here"),
             (("--device", "toaster"), "'toaster' is not available here"),
+            (("--section=--",), "--section: expected a value"),
+            (("--device=--",), "--device: expected a value"),
+            (("--section", "x" * 100_000), "did you mean one of --list?"),
+            (("x" * 100_000,), "unrecognized arguments"),
         ):
             with self.subTest(argv):
                 code, out, err = run(right, argv=argv)
                 self.assertEqual((code, out, err.count("\n")), (2, "", 1))
                 self.assertIn(words, err)
+                self.assertLess(len(err), 130)
 
     def test_each_section_starts_from_the_same_seed(self) -> None:
         def one() -> None:

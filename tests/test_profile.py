@@ -104,7 +104,8 @@ class Verdict(unittest.TestCase):
     def verdict(self, data: float = 0.0, transfer: float = 0.0, **changes: Any) -> tuple[str, str, str]:
         """Return the verdict on a step of 1 s, which half the batch makes in 0.5 s."""
         split = {"data": data, "transfer": transfer, "step": 1.0}
-        measured: dict[str, Any] = {"step": 1.0, "bare": 1.0, "half": 0.5, "products": 0.6, "try_bf16": False}
+        measured: dict[str, Any] = {"step": 1.0, "bare": 1.0, "half": 0.5, "products": 0.6}
+        measured |= {"try_bf16": False, "try_compile": False}
         return script.verdict(split=split, **(measured | changes))
 
     def test_each_rule_and_its_border(self) -> None:
@@ -127,10 +128,12 @@ class Verdict(unittest.TestCase):
         for changes, figure, change, absent in (
             ({"bare": 0.3, "data": 0.9}, "300.00 ms instead of 1000.00 ms", "num_workers", "pin"),
             ({"bare": 0.3, "transfer": 0.9}, "instead of", "pin_memory", "num_workers"),
-            ({"half": 0.9}, "half the batch takes 90%", "twice the --batch-size", "bf16"),
+            ({"half": 0.9}, "half the batch takes 90%", "twice the --batch-size", "--compile"),
+            ({"half": 0.9, "try_compile": True}, "90%", "--compile, which fuses operators; then twice", "bf16"),
             ({"try_bf16": True}, "60%", "--precision bf16", "--compile"),
             ({}, "60%", "smaller model", "--precision"),
-            ({"products": 0.2}, "20%", "--compile", "bf16"),
+            ({"products": 0.2}, "20%", "fewer or smaller activations", "--compile"),
+            ({"products": 0.2, "try_compile": True}, "20%", "--compile, which fuses operators; then fewer", "bf16"),
             ({"products": 0.2, "try_bf16": True}, "20%", "--precision bf16", "smaller model"),
         ):
             with self.subTest(changes):
@@ -138,6 +141,15 @@ class Verdict(unittest.TestCase):
                 self.assertIn(figure, found)
                 self.assertIn(change, advice)
                 self.assertNotIn(absent, advice)
+
+
+class Operators(unittest.TestCase):
+    def test_products_are_known_by_their_names_also_those_inside_recurrent_layers(self) -> None:
+        for name in ("addmm", "bmm", "convolution_backward", "_flash_attention_forward", "mkldnn_linear",
+                     "mkldnn_rnn_layer", "mkldnn_rnn_layer_backward", "_cudnn_rnn", "gru"):  # fmt: skip
+            self.assertRegex(f"aten::{name}", script.PRODUCTS)
+        for name in ("relu", "native_batch_norm", "add_", "copy_", "_softmax", "max_pool2d_with_indices"):
+            self.assertNotRegex(f"aten::{name}", script.PRODUCTS)
 
 
 class Clock:
@@ -340,6 +352,9 @@ class Command(InFolder):
         with mock.patch.object(script, "checkpoint", side_effect=script.checkpoint) as used:
             code, _, errors = self.profile("--model", "simplenet", "--batch-size", "16", "--checkpoint-activations")
         self.assertEqual((code, errors, used.called), (0, "", True))
+        with mock.patch.object(script, "median_step", return_value=1.0):  # half the batch takes as long: overhead
+            _, out, _ = self.profile("--model", "simplenet", "--batch-size", "4")
+        self.assertIn("\nchange:   twice the --batch-size\n", out)  # on a CPU without --compile
 
     def test_memory_of_your_own_model_and_batches(self) -> None:
         mine = ["--model", "mine_of_this_test:model", "--loader", "mine_of_this_test:batches", "--memory"]

@@ -150,8 +150,19 @@ class Sections:
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, but refuse `--option=--`, for which argparse would give an empty list."""
+        args = sys.argv[1:] if args is None else list(args)
+        for word in args:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: expected a value, got '--'")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")  # one line, without the usage
+        """Print `message`, or both ends of a long one, in one line without the usage."""
+        if len(message) > 200:  # it quotes a long value
+            message = f"{message[:60]}...{message[-40:]}"
+        self.exit(2, f"error: {message}\n")
 
 
 class _Page(io.TextIOBase):
