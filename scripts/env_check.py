@@ -33,7 +33,7 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 CHILD_SECONDS = 180.0  # a first import of torch from a slow disk takes a minute
 RESULT = "env_check result: "  # begins the lines that a child writes for its parent; libraries may print others
@@ -350,8 +350,14 @@ def all_results() -> Iterator[Result]:
             yield from in_child("step", device)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print the beginning of `message` in one line, without the usage."""
+        self.exit(2, f"error: {one_line(message)[:120]}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)  # a check and its arguments
     args = parser.parse_args(argv)
     if args.child:

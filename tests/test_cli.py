@@ -123,11 +123,17 @@ class Run(unittest.TestCase):
         self.assertEqual((code, line.count("\n")), (1, 1))
         self.assertIn("File name too long", line)
         self.assertLess(len(line), 200)
+        line = run_and_raise(FileNotFoundError(errno.ENOENT, "No such file", "a folder/" * 60))[1]
+        self.assertLess(len(line), 130)
         self.assertLess(len(run_and_raise(RuntimeError("many words " * 10_000))[1]), 700)
 
     def test_a_path_of_usual_length_is_shown_whole(self) -> None:
         path = "/tmp/" + "folder/" * 20 + "step-00000469.pt"
         self.assertEqual(run_and_raise(ValueError(f"{path}: damaged"))[1], f"error: {path}: damaged\n")
+
+    def test_a_long_line_with_apostrophes_is_shown_whole(self) -> None:
+        line = f"the run's best.pt is missing;{' it is needed:' * 10} the model's weights are in it"
+        self.assertEqual(run_and_raise(ValueError(line))[1], f"error: {line}\n")
 
     def test_warnings_take_one_line_while_main_runs(self) -> None:
         before = warnings.showwarning
@@ -196,6 +202,7 @@ class Options(unittest.TestCase):
         long = "x y" * 50_000
         for argv, said in (
             (["--epochs", long], "--epochs: expected a whole number"),
+            (["--epochs", "it's \\ 3\" " * 50_000], "--epochs: expected a whole number"),
             (["--model", long], "'mlp', 'cnn'"),
             (["--model", long.replace(" ", "\n")], "--model: invalid choice"),
             ([f"--quiet={long}"], "--quiet: ignored explicit argument"),

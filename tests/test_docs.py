@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import math
 import os
 import re
+import runpy
 import shlex
 import tempfile
 import types
@@ -26,6 +28,7 @@ from .test_package import ALONE, MODULES, all_siblings
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = README + "".join(path.read_text(encoding="utf-8") for path in DOCS)
 
 
 class Readme(unittest.TestCase):
@@ -61,8 +64,7 @@ class Readme(unittest.TestCase):
         """With few drawn digits and two batches an epoch; those for several processes are parsed only."""
         images, labels = tb.draw_digits(400)
         part = Images(images, labels, tuple("0123456789"))
-        pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *DOCS))
-        commands = re.findall(r"^    (?:python|torchrun) .*?\bscripts/(\w+)\.py(.*)$", pages, re.M)
+        commands = re.findall(r"^    (?:python|torchrun) .*?\bscripts/(\w+)\.py(.*)$", PAGES, re.M)
         self.assertLessEqual({"train_mnist", "train_ddp"}, {name for name, _ in commands})
         self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         for name, options in dict.fromkeys(commands):
@@ -72,15 +74,34 @@ class Readme(unittest.TestCase):
                 few = ["--epochs", "1", "--limit-batches", "2", "--model", "simplenet", "--batch-size", "32"]
                 with mock.patch.object(tb, "load_splits", lambda *_, **__: Splits(part, part, part, "digits", "")):
                     if name == "train_ddp":
-                        self.assertEqual(run_main(script.main, *words, "--help")[0], 0)
+                        script.make_parser().parse_args(words)
                         continue
                     if "--resume" in words:
                         run = words[words.index("--resume") + 1]
                         self.assertEqual(run_main(script.main, *few, "--output", run)[::2], (0, ""))
                         few = []
                     self.assertEqual(run_main(script.main, *words, *few)[::2], (0, ""))
-        for one, other in re.findall(r"^    diff (\S+) (\S+)$", pages, re.M):
+        for one, other in re.findall(r"^    diff (\S+) (\S+)$", PAGES, re.M):
             self.assertEqual(*[Path(path).read_text(encoding="utf-8") for path in (one, other)])
+
+    def test_commands_in_sentences_have_options_that_exist(self) -> None:
+        """Each is parsed as by its own program, which then stops; `python -m unittest` has nothing to parse."""
+
+        def parse_only(parser: argparse.ArgumentParser, argv: Any = None, namespace: Any = None) -> None:
+            _, unknown = parser.parse_known_args(argv, namespace)
+            parser.exit(status=len(unknown), message=f"unknown: {unknown}")
+
+        commands = re.findall(r"`python (scripts/\w+\.py|-m tests\.\w+)(.*?)`", PAGES, re.S)
+        self.assertLessEqual({"scripts/tensor_demo.py", "-m tests.benchmark", "-m tests.faults"}, set(dict(commands)))
+        for program, options in commands:
+            argv = mock.patch("sys.argv", [program, *shlex.split(options)])
+            parse = mock.patch("argparse.ArgumentParser.parse_args", parse_only)
+            with self.subTest(program, options=options), argv, parse:
+                if program.startswith("-m "):
+                    ended = run_main(lambda _, name=program[3:]: runpy.run_module(name, run_name="__main__"))
+                else:
+                    ended = run_main(lambda _, name=Path(program).stem: load_script(name).main())
+                self.assertEqual(ended[::2], (0, "unknown: []"))
 
     def test_every_option_that_is_named_exists(self) -> None:
         sources = [path.read_text(encoding="utf-8") for path in (*SCRIPTS.glob("*.py"), *MODULES.values())]

@@ -57,6 +57,14 @@ def fake_files(files: dict[str, str]) -> Any:
     return mock.patch.object(env_check, "read", lambda path: files.get(str(path), ""))
 
 
+class TestArguments(unittest.TestCase):
+    def test_bad_ones_are_one_short_line_and_exit_code_2(self) -> None:
+        code, out, err = run_main(env_check.main, "x\ny" * 50_000)
+        self.assertEqual((code, out, err.count("\n")), (2, "", 1))
+        self.assertIn("error: unrecognized arguments: x", err)
+        self.assertLess(len(err), 130)
+
+
 class TestMachine(unittest.TestCase):
     def test_a_check_that_raises_is_one_line_and_the_others_still_run(self) -> None:
         def check_nothing() -> Any:

@@ -108,10 +108,16 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def ends(text: str) -> str:
+    """Return both ends of a long `text`: 100 characters."""
+    return f"{text[:48]}...{text[-49:]}"
+
+
 def shortened(text: str) -> str:
     """Return `text` as one line of at most 600 characters: its ends, with what the user gave cut if it is long."""
-    given = r"'[^']{100,}'|\"[^\"]{100,}\"|(?<=unrecognized arguments: ).{101,}|\S{200,}"  # the last: a path, unquoted
-    text = printable(re.sub(given, lambda match: f"{match[0][:48]}...{match[0][-49:]}", text, flags=re.S))
+    quoted = r"(?<![\w\\])(['\"])(?:\\.|(?!\1)[^\\]){99,}\1"  # as repr() quotes; after a letter it is an apostrophe
+    given = rf"{quoted}|(?<=unrecognized arguments: ).{{101,}}|\S{{200,}}"  # the last: a path, unquoted
+    text = printable(re.sub(given, lambda match: ends(match[0]), text, flags=re.S))
     return text if len(text) <= 600 else f"{text[:298]} ... {text[-297:]}"
 
 
@@ -169,7 +175,8 @@ def describe(error: Exception, out_of_memory: str) -> tuple[int, str]:
         line = "error: out of memory" + (f": cannot allocate {size[1]}" if size else "")
         return 1, f"{line}; {out_of_memory}" if out_of_memory else line
     if isinstance(error, OSError) and error.strerror:
-        text = error.strerror + (f": {error.filename}" if error.filename else "")
+        name = str(error.filename or "")
+        text = error.strerror + (f": {name if len(name) < 200 else ends(name)}" if name else "")
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             text += "; make room, permit it, or choose another place"
     code = 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1

@@ -99,9 +99,9 @@ def before_call(
         return io.BufferedRandom(File(path, "w+")) if mode == "w+b" else open(path, mode, **options)
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             tick()
-            return function(*args)
+            return function(*args, **options)
 
         return call
 
