@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -599,13 +600,15 @@ if __name__ == "__main__":
         with subprocess.Popen([sys.executable, program], env=environment, stdout=subprocess.PIPE, text=True) as process:
             self.addCleanup(process.kill)
             assert process.stdout is not None
-            worker = Path("/proc", process.stdout.readline().strip(), "stat")
-            self.assertTrue(worker.exists())
+            pid = int(process.stdout.readline())
             process.kill()
-        killed = time.monotonic()
-        while worker.exists() and " Z " not in worker.read_text():
-            self.assertLess(time.monotonic() - killed, 3)
+        worker = Path(f"/proc/{pid}/stat")
+        deadline = time.monotonic() + 3
+        while worker.exists() and " Z " not in worker.read_text() and time.monotonic() < deadline:
             time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        self.assertLess(time.monotonic(), deadline)
 
 
 class Parts(unittest.TestCase):
