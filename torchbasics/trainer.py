@@ -583,6 +583,7 @@ class Trainer:
                 if not hasattr(self.loader, "load_state_dict"):  # such a loader would be ahead on other processes
                     return [], True
             if isinstance(error, (EOFError, ConnectionError)):
+                ignore_dead_workers()  # the system's signal may come after the broken connection
                 raise RuntimeError("a worker of the loader was killed, perhaps for want of memory") from error
             raise
 
@@ -648,9 +649,7 @@ class Trainer:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(owner, signum)
             self.signum = signum
-            if hasattr(signal, "SIGCHLD") and callable(signal.getsignal(signal.SIGCHLD)):
-                # The signal may have ended the loader's workers too; torch's handler would raise amid a step.
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            ignore_dead_workers()  # the signal may have ended them too; torch would raise amid a step
 
         before = {}
         if self.checkpoint_dir and threading.current_thread() is threading.main_thread():
@@ -1022,6 +1021,14 @@ def equal_shapes() -> Iterator[None]:
             yield
         except UserWarning as warning:
             raise ValueError(f"outputs and targets must have the same shape: {warning}") from None
+
+
+def ignore_dead_workers() -> None:
+    """Take away the handler by which torch raises an error when a worker of a loader has ended."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return
+    if callable(signal.getsignal(signal.SIGCHLD)):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def refuse_together(check: Callable[[Any], None], loader: Any) -> None:
