@@ -8,14 +8,12 @@ import errno
 import io
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import unittest
 import warnings
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -82,24 +80,6 @@ class Run(unittest.TestCase):
         error = OURS("the loss is nan")
         error.add_note("saved 3 steps before: a.pt")
         self.assertEqual(run_and_raise(error), (1, "error: the loss is nan; saved 3 steps before: a.pt\n"))
-
-    @unittest.skipUnless(hasattr(signal, "SIGCHLD"), "needs SIGCHLD")
-    def test_a_worker_that_ends_does_not_break_into_the_error_line(self) -> None:
-        def fail(*_: Any) -> None:  # as torch's handler, which looks for a worker that was killed
-            raise RuntimeError("worker killed")
-
-        def print_late(text: str) -> None:
-            os.kill(os.getpid(), signal.SIGCHLD)
-            printed.append(text)
-
-        def main(argv: Any) -> None:
-            raise ValueError("no more batches")
-
-        printed: list[str] = []
-        self.addCleanup(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, fail))
-        with mock.patch.object(cli, "print_error", print_late):
-            self.assertEqual(cli.run(main), 2)
-        self.assertEqual((printed, signal.getsignal(signal.SIGCHLD)), (["error: no more batches"], fail))
 
     def test_an_error_in_a_worker_of_a_loader_is_shown_as_its_last_line(self) -> None:
         class Broken(torch.utils.data.Dataset):

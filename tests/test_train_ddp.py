@@ -122,7 +122,7 @@ class OneProcess(DdpCase):
         self.assert_same_run(Path("a"), Path("b"))
 
     def test_what_is_wrong_is_refused_in_one_line_with_exit_code_2(self) -> None:
-        bad = {**single.BAD_VALUES, "--timeout": "86401"}
+        bad = {**single.BAD_VALUES, "--timeout": "0 -1 nan"}
         options = {action.option_strings[0] for action in script.make_parser()._actions} & set(bad)
         self.assertGreater(len(options), 15)
         for option in options:
@@ -130,6 +130,7 @@ class OneProcess(DdpCase):
                 value = bad[option].partition(" ")[0]
                 self.refused(*SMALL, f"{option}={value}", text=option.strip("-"), main=script.main)
         self.refused(*SMALL, "--fsdp", "--ema", 0.5, text="--fsdp does not go with --ema", main=script.main)
+        self.refused(*SMALL, "--timeout=86401", text="--timeout: expected a number above 0 to 86400", main=script.main)
         self.refused(*SMALL, "--sync-bn", text="--sync-bn needs CUDA, the device is cpu", main=script.main)
         self.refused("--resume", "a", "--output", "b", text="--resume does not go with --output", main=script.main)
         self.refused("--resume", "a", text="no checkpoint to resume from", main=script.main)

@@ -552,6 +552,16 @@ class StoppingTest(unittest.TestCase):
             saved = Path(folder, "step-00000002.pt")
             self.assertEqual(caught.exception.__notes__, ["epoch 1, after 3 steps", f"saved 1 steps before: {saved}"])
 
+    @unittest.skipUnless(hasattr(signal, "SIGCHLD"), "needs SIGCHLD")
+    def test_a_worker_that_ends_late_does_not_break_into_the_report_of_a_failure(self) -> None:
+        def fail(*_: Any) -> None:  # as torch's handler, which looks for a worker that was killed
+            raise RuntimeError("worker killed")
+
+        self.addCleanup(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, fail))
+        with self.assertRaisesRegex(KeyError, "first"):
+            make_trainer(on_step_end=[lambda _: {}["first"]]).fit(batches(40), None, 1, verbose=False)
+        os.kill(os.getpid(), signal.SIGCHLD)  # raises nothing
+
     def test_a_failing_validation_and_a_failing_save_after_a_signal_say_it_too(self) -> None:
         with self.assertRaises(IndexError) as caught, tempfile.TemporaryDirectory() as folder:
             make_trainer(checkpoint_dir=folder).fit(batches(40), [(X, Y + 3)], 1, verbose=False)

@@ -12,18 +12,15 @@ Exit codes: 0 success, 1 failure at run time, 2 bad arguments or input, 3 a miss
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import importlib
 import io
 import math
 import os
 import re
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 
@@ -159,8 +156,7 @@ def run(
             if debug and not hasattr(error, "signum"):
                 raise
             code, line = describe(error, out_of_memory)
-            with without_child_signals():
-                print_error("; ".join([line, *getattr(error, "__notes__", ())]))  # a Trainer notes the last save
+            print_error("; ".join([line, *getattr(error, "__notes__", ())]))  # a Trainer notes what was saved before
             return code
 
 
@@ -194,19 +190,6 @@ def is_out_of_memory(error: Exception) -> bool:
     """Return whether memory was asked for that a CPU or an accelerator does not have."""
     said = r"out of memory|can't allocate memory|you tried to allocate|ALLOC_FAILED"
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(said, str(error))))
-
-
-@contextlib.contextmanager
-def without_child_signals() -> Iterator[None]:
-    """Ignore ends of child processes inside: torch's handler for the workers of a loader raises an error."""
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
 
 
 def print_error(text: str) -> None:

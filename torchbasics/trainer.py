@@ -542,6 +542,7 @@ class Trainer:
         except Interrupted:
             raise
         except Exception as error:
+            ignore_dead_workers()  # of a worker that was killed the system may tell only now
             error.add_note(f"epoch {len(self.epoch_records) + 1}, after {self.step} steps")
             if self.saved_at is not None:
                 error.add_note(f"saved {self.step - self.saved_at[1]} steps before: {self.saved_at[0]}")
@@ -583,7 +584,6 @@ class Trainer:
                 if not hasattr(self.loader, "load_state_dict"):  # such a loader would be ahead on other processes
                     return [], True
             if isinstance(error, (EOFError, ConnectionError)):
-                ignore_dead_workers()  # the system's signal may come after the broken connection
                 raise RuntimeError("a worker of the loader was killed, perhaps for want of memory") from error
             raise
 
@@ -911,9 +911,9 @@ class Trainer:
             name = self.monitor.replace("val_", "train_")
             warnings.warn(f"there is no validation loader: {name} is monitored instead of {self.monitor}", stacklevel=3)
         folder = self.checkpoint_dir
-        if folder and self.saved_at is None and distributed.on_main(lambda: bool(checkpoint.saved_steps(folder))):
-            raise ValueError(f"{folder}: holds an earlier run; call resume(), or give another folder")
-        if folder:
+        if folder and self.saved_at is None:  # not before the second of two fits
+            if distributed.on_main(lambda: bool(checkpoint.saved_steps(folder))):
+                raise ValueError(f"{folder}: holds an earlier run; call resume(), or give another folder")
             with tempfile.TemporaryDirectory() as trial:  # to refuse now what a save would refuse after an epoch
                 checkpoint.save_checkpoint({"metadata": self.metadata}, Path(trial, "metadata"))
 
