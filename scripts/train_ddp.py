@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import shlex
 import sys
 import time
@@ -178,6 +179,14 @@ def evaluate_best(trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[st
 
 
 @record  # torchrun names the process that failed first
+def launcher_command() -> str:
+    """Return the torchrun command that starts as many processes on as many machines as this job has."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    machines = distributed.world_size() // processes
+    place = "--standalone" if machines == 1 else f"--nnodes={machines} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT"
+    return f"torchrun {place} --nproc-per-node={processes}"
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -220,7 +229,7 @@ def train(args: argparse.Namespace, device: torch.device, stack: contextlib.Exit
     )  # fmt: skip
     trainer.resume()
     report = None
-    launcher = f"torchrun --standalone --nproc-per-node={distributed.world_size()}"
+    launcher = launcher_command()
     if run is not None:
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchbasics": tb.__version__}
         run.write_info(command=args.command, options=vars(args), **facts, notice=notice,

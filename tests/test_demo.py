@@ -79,7 +79,7 @@ def run(*lessons: Callable[..., None], argv: tuple[str, ...] = ()) -> tuple[int,
     section = Sections("Lessons.")
     for lesson in lessons:
         section(f"a.{lesson.__name__}", "X1")(lesson)
-    return run_main(section.run, *CPU, *argv)
+    return run_main(section.run, *(CPU if on_device in lessons else ()), *argv)
 
 
 def right() -> None:
@@ -122,7 +122,7 @@ class Page(unittest.TestCase):
     def test_the_code_is_printed_as_it_ran_with_the_value_of_each_show(self) -> None:
         section = Sections("Lessons.\n\nTry: something else.\n\nMore.")
         section("autograd.accumulate", "A2")(accumulate)
-        self.assertEqual(run_main(section.run, *CPU), (0, PAGE, ""))
+        self.assertEqual(run_main(section.run), (0, PAGE, ""))
 
     def test_how_an_expected_value_was_computed_follows_or_stands_below(self) -> None:
         def origins() -> None:
@@ -150,7 +150,7 @@ class Page(unittest.TestCase):
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            code, out, _ = run_main(module.section.run, *CPU)
+            code, out, _ = run_main(module.section.run)
         self.assertEqual(code, 0)
         self.assertRegex(out, r"my.own: Mine\.\n\n    x = 40\n    x \+ 2 +→ 42   ✓\n")
 
@@ -161,7 +161,7 @@ class Page(unittest.TestCase):
             with mock.patch.dict(os.environ, NO_COLOR=no_color), redirect_stdout(out):
                 section = Sections()
                 section("a.wrong")(wrong)
-                section.run([*CPU])
+                section.run([])
             dimmed, bold = "\033[2m    2 + 2", "\033[1m4\033[0m   \033[32m✓"
             for part in (dimmed, bold, "\033[31;1m✗ expected 4"):
                 self.assertEqual(part in out.getvalue(), not no_color)
@@ -172,7 +172,7 @@ class Page(unittest.TestCase):
         with redirect_stdout(terminal):
             section = Sections()
             section("a.right")(right)
-            self.assertEqual(section.run([*CPU]), 0)
+            self.assertEqual(section.run([]), 0)
         terminal.seek(0)
         self.assertIn(r"tensor(2)   \u2713", terminal.read())
 
@@ -319,10 +319,14 @@ class Run(unittest.TestCase):
             (("x" * 100_000,), "unrecognized arguments"),
         ):
             with self.subTest(argv):
-                code, out, err = run(right, argv=argv)
+                code, out, err = run(right, on_device, argv=argv)
                 self.assertEqual((code, out, err.count("\n")), (2, "", 1))
                 self.assertIn(words, err)
                 self.assertLess(len(err), 130)
+
+    def test_a_device_is_offered_only_if_a_lesson_takes_one(self) -> None:
+        code, _, err = run(right, argv=CPU)
+        self.assertEqual((code, err), (2, "error: unrecognized arguments: --device cpu\n"))
 
     def test_each_section_starts_from_the_same_seed(self) -> None:
         def one() -> None:
@@ -356,7 +360,7 @@ class Run(unittest.TestCase):
         section = Sections()
         section("a.right")(right)
         with open(writer, "w") as out, redirect_stdout(out):
-            self.assertEqual(section.run([*CPU]), 141)
+            self.assertEqual(section.run([]), 141)
 
 
 if __name__ == "__main__":

@@ -188,10 +188,9 @@ class FreshProcess(ExportCase):
     @unittest.skipUnless(shutil.which(os.environ.get("CXX", "g++")), "needs a C++ compiler")
     @unittest.skipIf(BUSY, "compiling would take minutes on a machine as busy as this")
     def test_machine_code_of_a_tiny_model(self) -> None:
-        # What these switch off compiles for longer than the model: tests of the processor, headers, optimisation.
+        # What these switch off compiles for longer than the model: headers, optimisation.
         faster = torch._inductor.config.patch({
-            "cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False,
-            "aot_inductor.compile_wrapper_opt_level": "O0"})  # fmt: skip
+            "aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"})  # fmt: skip
         with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(self.folder / "cache")), faster:
             argv = ("--model", "own_export_models:tiny", "--input-shape", "4", "--format", "aoti")
             code, out, err = self.main(*argv)  # torch may warn of an absent GPU

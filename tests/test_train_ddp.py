@@ -100,6 +100,13 @@ class OneProcess(DdpCase):
                 for key in results[1].keys() - {"train_seconds"}:
                     self.assertAlmostEqual(results[0][key], results[1][key], places=6, msg=key)
 
+    def test_the_command_that_continues_starts_as_many_processes_on_as_many_machines(self) -> None:
+        with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="4"), mock.patch.object(distributed, "world_size", lambda: 8):
+            self.assertEqual(
+                script.launcher_command(),
+                "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT --nproc-per-node=4",
+            )
+
     def test_a_run_stopped_by_sigterm_ends_as_if_never_stopped(self) -> None:
         first, resume = [*SMALL, "--output", "a"], ["--resume", "a"]
         start = "torchrun --standalone --nproc-per-node=1 train_ddp.py "

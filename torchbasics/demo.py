@@ -96,7 +96,9 @@ class Sections:
         parser.add_argument("--list", action="store_true", help="list the sections and their coverage IDs")
         parser.add_argument("--section", action="append", metavar="NAME", help="run only this one; repeatable")
         parser.add_argument("--quiet", action="store_true", help="print one line per section, and failures in full")
-        parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, xpu (default: auto)")
+        parser.set_defaults(device="auto")
+        if any(page.takes_device for page in self.pages.values()):
+            parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: auto)")
         args = parser.parse_args(argv)
         for name in args.section or []:
             if name not in self.pages:
@@ -174,6 +176,7 @@ class _Page(io.TextIOBase):
     def __init__(self, name: str, covers: tuple[str, ...], lesson: Lesson) -> None:
         self.name = name
         self.lesson = lesson
+        self.takes_device = bool(inspect.signature(lesson).parameters)
         title, *reasons = (inspect.getdoc(lesson) or "").split("\n\n")
         self.entry = f"{name:<26}  {' '.join(covers):<8}  {title}"  # in --list
         self.heading = [f"{name}: {title}", *reasons]
@@ -196,7 +199,7 @@ class _Page(io.TextIOBase):
         random.seed(0)
         try:
             with contextlib.redirect_stdout(self):
-                self.lesson(*[device] if inspect.signature(self.lesson).parameters else [])
+                self.lesson(*[device] if self.takes_device else [])
             self.add_code(len(self.lines))
             if not self.right and not self.failed:
                 self.add("nothing was shown", "a call of show()")
