@@ -178,7 +178,6 @@ def evaluate_best(trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[st
     }, judgement
 
 
-@record  # torchrun names the process that failed first
 def launcher_command() -> str:
     """Return the torchrun command that starts as many processes on as many machines as this job has."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -187,6 +186,7 @@ def launcher_command() -> str:
     return f"torchrun {place} --nproc-per-node={processes}"
 
 
+@record  # torchrun names the process that failed first
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -499,7 +499,7 @@ def save_section(setting: Setting) -> Iterator[Row]:
 
 
 def ddp_section(setting: Setting) -> Iterator[Row]:
-    """Seconds of two epochs with their validation. Each process gets half of the cores."""
+    """Seconds of two epochs with their validation. Each process gets half of the cores, also a single one."""
     threads = max(1, CORES // 2)
 
     def seconds(processes: int, batch_size: int, steps: int) -> float:
@@ -512,7 +512,7 @@ def ddp_section(setting: Setting) -> Iterator[Row]:
     for batch_size, steps in ((128, setting.steps(100)), (512, setting.steps(50))):
         runs = [functools.partial(seconds, processes, batch_size, steps) for processes in (2, 1, 0)]
         two, one, plain = take_turns(setting.rounds(3), *runs, warm_up=0)
-        what = f"SmallVGG, 2 epochs of {steps} steps of {batch_size} images, {{}} under torchrun, OMP_NUM_THREADS={threads}"
+        what = f"SmallVGG, 2 epochs of {steps} steps of {batch_size} images, {{}} under torchrun"
         yield Row(f"ddp, {batch_size}", what.format("2 processes"), "1 process", two, one)
         yield Row("ddp, 1 process", what.format("1 process"), "train_mnist.py", one, plain)
 
