@@ -180,7 +180,7 @@ def evaluate_best(trainer: tb.Trainer, best: Path, loader: Any) -> tuple[dict[st
 
 def launcher_command() -> str:
     """Return the torchrun command that starts as many processes on as many machines as this job has."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))  # without torchrun: one machine
     machines = distributed.world_size() // processes
     place = "--standalone" if machines == 1 else f"--nnodes={machines} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT"
     return f"torchrun {place} --nproc-per-node={processes}"

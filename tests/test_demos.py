@@ -45,12 +45,13 @@ class Demos(unittest.TestCase):
 
     def check(self, name: str) -> None:
         sections, main = self.check_list(name), load_script(f"{name}_demo").main
-        code, out, _ = run_main(main, *() if name == "autograd" else CPU)
+        takes_device = name != "autograd"
+        code, out, _ = run_main(main, *CPU if takes_device else ())
         self.assertEqual(code, 0, out[-2000:])
         self.assertIn(f"of {sections} sections passed", out)
         self.assertRegex(out, r"\nTry: .+(\n.+)*\n$")
         self.assertEqual([line for line in out.splitlines() if len(line) > 80], [])
-        if torch.accelerator.is_available() and name != "autograd":
+        if torch.accelerator.is_available() and takes_device:
             code, out, _ = run_main(main)
             self.assertEqual(code, 0, out)
 

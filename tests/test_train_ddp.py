@@ -101,11 +101,12 @@ class OneProcess(DdpCase):
                     self.assertAlmostEqual(results[0][key], results[1][key], places=6, msg=key)
 
     def test_the_command_that_continues_starts_as_many_processes_on_as_many_machines(self) -> None:
-        with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="4"), mock.patch.object(distributed, "world_size", lambda: 8):
-            self.assertEqual(
-                script.launcher_command(),
-                "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT --nproc-per-node=4",
-            )
+        two_machines = "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT --nproc-per-node=4"
+        for local, expected in (("4", two_machines), ("8", one := "--standalone --nproc-per-node=8"), (None, one)):
+            with mock.patch.dict(os.environ), mock.patch.object(distributed, "world_size", lambda: 8):
+                os.environ.pop("LOCAL_WORLD_SIZE", None)  # as where something else than torchrun starts the processes
+                os.environ.update({"LOCAL_WORLD_SIZE": local} if local else {})
+                self.assertEqual(script.launcher_command(), f"torchrun {expected}")
 
     def test_a_run_stopped_by_sigterm_ends_as_if_never_stopped(self) -> None:
         first, resume = [*SMALL, "--output", "a"], ["--resume", "a"]

@@ -96,9 +96,9 @@ class Sections:
         parser.add_argument("--list", action="store_true", help="list the sections and their coverage IDs")
         parser.add_argument("--section", action="append", metavar="NAME", help="run only this one; repeatable")
         parser.add_argument("--quiet", action="store_true", help="print one line per section, and failures in full")
-        parser.set_defaults(device="auto")
+        parser.set_defaults(device="cpu")  # an accelerator would take seconds to start, for nothing
         if any(page.takes_device for page in self.pages.values()):
-            parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: auto)")
+            parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, xpu (default: auto)")
         args = parser.parse_args(argv)
         for name in args.section or []:
             if name not in self.pages:
