@@ -146,6 +146,11 @@ class OneProcess(DdpCase):
         self.refused(*SMALL, "--output", "a", text="a exists", main=script.main)
         self.assertEqual(os.listdir(), ["a"])
 
+    def test_torchrun_learns_why_a_process_failed(self) -> None:
+        with mock.patch.dict(os.environ, TORCHELASTIC_ERROR_FILE="error.json"):
+            self.refused("--resume", "a", text="no checkpoint to resume from", main=script.main)
+        self.assertIn("no checkpoint to resume from", Path("error.json").read_text())
+
     def test_the_help_names_what_is_left_out_of_train_mnist(self) -> None:
         theirs, ours = (
             {action.option_strings[0] for action in module.make_parser()._actions}
