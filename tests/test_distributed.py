@@ -114,6 +114,29 @@ class JoiningTheGroup(unittest.TestCase):
             self.assertLess(time.monotonic() - began, 3)  # torch's workers look for their parent every 5 s
         self.assertEqual(said, "begun\ntorchrun is gone, so this process ends too\n")
 
+    @unittest.skipUnless(Path("/proc/self/task").exists(), "threads are counted in /proc")
+    def test_no_thread_of_the_group_is_left_if_its_models_are_gone(self) -> None:
+        # one that drops a tensor while Python exits would abort the process
+        work = (
+            "import gc, torch\n"
+            "from pathlib import Path\n"
+            "from torchbasics import distributed\n"
+            "def threads(): return sum('gloo' in path.read_text() for path in Path('/proc/self/task').glob('*/comm'))\n"
+            "def train():\n"
+            "    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))\n"
+            "    model.cycle = [model]\n"
+            "    model(torch.ones(3, 2)).sum().backward()\n"
+            "gc.disable()\n"
+            "with distributed.process_group(torch.device('cpu'), 20):\n"
+            "    train()\n"
+            "    print(threads() > 0)\n"
+            "print(threads())"
+        )
+        with launched(WORLD_SIZE=1, MASTER_PORT=free_port()):
+            command = [sys.executable, "-W", "ignore", "-c", work]
+            found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        self.assertEqual((found.stdout, found.stderr), ("True\n0\n", ""))
+
     def test_a_rank_and_its_workers_end_soon_after_torchrun_was_killed(self) -> None:
         self.assert_ends_with_torchrun(
             1,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
+import importlib
 import inspect
 import itertools
 import multiprocessing
@@ -69,6 +71,9 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
     are done, and after an exception with a `signum` (`Interrupted`, which all processes raise at the same step). After
     any other error this process leaves alone, which lets the others fail soon instead of waiting.
 
+    Make the model in a function that returns within the block: one that outlives the group keeps the group's threads
+    alive, and these may abort the process while Python exits (pytorch#190489).
+
     Raises ValueError if torchrun's variables are incomplete, ConnectionError if the processes cannot find each other.
     If nothing answers within `timeout`, the process ends with one line and exit code 1.
     """
@@ -91,11 +96,13 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
         finally:
             _job_store = None
             if together or device.type == "cpu":  # after an error nccl would wait for processes that no longer answer
-                dist.destroy_process_group()
+                gc.collect()  # a model that is in a cycle still holds the group
+                dist.destroy_process_group()  # with its threads: one that drops a tensor while Python exits aborts it
 
 
 def _join_group(device: torch.device, timeout: float) -> dist.Store:
     """Find the other processes, make the process group, and return the job's store."""
+    importlib.import_module("torch.distributed.nn")  # DDP needs it; imported later, its defaults hold the group forever
     backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     limit = datetime.timedelta(seconds=timeout)
     failure = f"the processes did not find each other within {timeout:g} s"
