@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -98,6 +99,7 @@ def process_group(device: torch.device, timeout: float = 60.0) -> Iterator[None]
             if together or device.type == "cpu":  # after an error nccl would wait for processes that no longer answer
                 gc.collect()  # a model that is in a cycle still holds the group
                 dist.destroy_process_group()  # with its threads: one that drops a tensor while Python exits aborts it
+                time.sleep(0.1)  # if something still holds the group, its threads drop their last tensors now
 
 
 def _join_group(device: torch.device, timeout: float) -> dist.Store:
