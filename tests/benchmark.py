@@ -5,7 +5,7 @@
 
 Ours and the peer do the same work and take turns (A B A B …). Each round gives one figure; shown are medians, with the
 lowest and the highest in parentheses. Whole trainings take minutes, so `run` and `speedrun` compare with one run of
-the peer. All sections together take about 20 minutes on two cores, `loop` takes three. Use a machine that does nothing
+the peer. All sections together take 20 to 50 minutes on two cores, `loop` takes three. Use a machine that does nothing
 else. MNIST must be in --data-dir, where scripts/train_mnist.py downloads it. Frameworks that are not installed are
 skipped; `pip install --target /tmp/peers NAME` keeps them apart.
 

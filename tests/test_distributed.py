@@ -95,25 +95,6 @@ class JoiningTheGroup(unittest.TestCase):
             port = other.getsockname()[1]
             self.refused(ConnectionError, r"not find each other .*in use.*; give .* free MASTER_PORT", MASTER_PORT=port)
 
-    def assert_ends_with_torchrun(self, processes: int, work: str) -> None:
-        """Kill the parent of rank 0 when this, running `work`, prints "begun"."""
-        rank = f"import threading, time, torch\nfrom torchbasics import distributed\n{work}"
-        torchrun = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-        command = [sys.executable, "-c", torchrun, rank]
-        with (
-            launched(WORLD_SIZE=processes, MASTER_PORT=free_port(), TORCHELASTIC_RUN_ID="job"),
-            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
-        ):
-            assert process.stdout is not None
-            try:
-                said = next((line for line in process.stdout if line == "begun\n"), "")
-            finally:
-                process.kill()
-            began = time.monotonic()
-            said += process.stdout.read()  # until the last process has closed it
-            self.assertLess(time.monotonic() - began, 3)  # torch's workers look for their parent every 5 s
-        self.assertEqual(said, "begun\ntorchrun is gone, so this process ends too\n")
-
     @unittest.skipUnless(Path("/proc/self/task").exists(), "threads are counted in /proc")
     def test_no_thread_of_the_group_is_left_if_its_models_are_gone(self) -> None:
         # one that drops a tensor while Python exits would abort the process
@@ -136,6 +117,25 @@ class JoiningTheGroup(unittest.TestCase):
             command = [sys.executable, "-W", "ignore", "-c", work]
             found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         self.assertEqual((found.stdout, found.stderr), ("True\n0\n", ""))
+
+    def assert_ends_with_torchrun(self, processes: int, work: str) -> None:
+        """Kill the parent of rank 0 when this, running `work`, prints "begun"."""
+        rank = f"import threading, time, torch\nfrom torchbasics import distributed\n{work}"
+        torchrun = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+        command = [sys.executable, "-c", torchrun, rank]
+        with (
+            launched(WORLD_SIZE=processes, MASTER_PORT=free_port(), TORCHELASTIC_RUN_ID="job"),
+            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        ):
+            assert process.stdout is not None
+            try:
+                said = next((line for line in process.stdout if line == "begun\n"), "")
+            finally:
+                process.kill()
+            began = time.monotonic()
+            said += process.stdout.read()  # until the last process has closed it
+            self.assertLess(time.monotonic() - began, 3)  # torch's workers look for their parent every 5 s
+        self.assertEqual(said, "begun\ntorchrun is gone, so this process ends too\n")
 
     def test_a_rank_and_its_workers_end_soon_after_torchrun_was_killed(self) -> None:
         self.assert_ends_with_torchrun(
